@@ -1,0 +1,47 @@
+# The two commands of the README are `make demo` and `make test`. Both make .venv and fetch their models on first use.
+PYTHON ?= python3
+VENV := .venv
+MODELS := .models
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PACKAGES := -e integrations/langchain-cacheblend
+export CACHEBLEND_TEST_MODEL := $(CURDIR)/$(MODELS)/smollm2-135m-instruct
+
+.PHONY: demo test test-slow test-gpu lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.stamp ## Warm the example corpus, ask it questions, compare with full prefill.
+	$(BIN)/python examples/demo.py --models $(MODELS) --work .demo
+
+test: $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct ## Tests that take minutes.
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
+	$(PYTHON) -m pytest -q -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/engines/test_gpu.py
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch by itself first: the version that constraints.txt names satisfies everyone who asks for it afterwards.
+$(VENV)/demo.stamp: pyproject.toml integrations/langchain-cacheblend/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	$(PIP) -e ".[demo]" $(PACKAGES)
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) -e ".[test]" $(PACKAGES)
+	touch $@
+
+$(MODELS)/%: | $(VENV)/demo.stamp
+	$(BIN)/python examples/fetch_models.py $* $@
+
+clean:
+	rm -rf $(VENV) $(MODELS) .demo

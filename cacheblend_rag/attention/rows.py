@@ -1,0 +1,117 @@
+"""Exact-position attention in plain torch: the reference for every faster kernel.
+
+When only some tokens of a prompt are recomputed, their queries stand at scattered positions while keys stand at all of
+them. A causal mask aligned to a corner of the [rows, keys] rectangle would let a query see later keys, or hide earlier
+ones; what is exact is a mask by position. It is built once a forward pass, in blocks of rows, and used by all layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+# Small enough that a block's keys end soon after its rows do (nothing is computed for keys that no row sees),
+# large enough for efficient matrix products.
+BLOCK_ROWS = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    first: int
+    last: int
+    keys: int
+    mask: torch.Tensor | None  # additive, [rows, keys]; None: every row sees every key
+
+
+class RowAttention:
+    """Attention of some rows of one sequence over the keys of all of it.
+
+    Args:
+        positions: int64 ``[rows]``, ascending.
+        dtype: Dtype of queries, keys and values.
+        window: Sliding window in tokens: a row at p sees keys p - window + 1 .. p only. None: no window.
+    """
+
+    def __init__(self, positions: torch.Tensor, dtype: torch.dtype, window: int | None = None) -> None:
+        self.positions = positions
+        self.last_position = int(positions[-1])
+        rows = len(positions)
+        if window is not None and window > self.last_position:
+            window = None
+        self._whole = rows == self.last_position + 1 and window is None
+        self._blocks: list[_Block] = []
+        for first in range(0, 0 if self._whole else rows, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, rows)
+            keys = int(positions[last - 1]) + 1
+            mask = None
+            if last - first > 1 or window is not None:
+                key_positions = torch.arange(keys, device=positions.device)
+                hidden = key_positions > positions[first:last, None]
+                if window is not None:
+                    hidden |= key_positions <= positions[first:last, None] - window
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+                mask.masked_fill_(hidden, float("-inf"))
+            self._blocks.append(_Block(first, last, keys, mask))
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: ``[1, heads, rows, head_dim]``.
+            key: ``[1, kv_heads, tokens, head_dim]`` for positions 0 .. tokens - 1.
+            value: Like ``key``.
+            scale: Factor of the logits.
+
+        Returns:
+            ``[1, heads, rows, head_dim]``.
+        """
+        grouped = query.shape[1] != key.shape[1]
+        if self._whole:
+            tokens = self.last_position + 1
+            key, value = key[:, :, :tokens], value[:, :, :tokens]
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = torch.empty_like(query)
+        for block in self._blocks:
+            out[:, :, block.first : block.last] = F.scaled_dot_product_attention(
+                query[:, :, block.first : block.last],
+                key[:, :, : block.keys],
+                value[:, :, : block.keys],
+                attn_mask=block.mask,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        return out
+
+
+def attend_and_watch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few rows, and how much of it each token gets.
+
+    Args:
+        query: ``[1, heads, rows, head_dim]``.
+        key: ``[1, kv_heads, tokens, head_dim]`` for positions 0 .. tokens - 1.
+        value: Like ``key``.
+        positions: int64 ``[rows]``, ascending: the rows' positions.
+        scale: Factor of the logits.
+
+    Returns:
+        ``[1, heads, rows, head_dim]``, and float32 ``[tokens]``: attention probability, mean over heads and rows.
+    """
+    _, heads, rows, head_dim = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    # Before the first row's position nothing is hidden: only the last few columns need a mask.
+    first = int(positions[0])
+    hidden = torch.arange(first, tokens, device=key.device) > positions[:, None]
+    grouped = (query[0] * scale).reshape(kv_heads, -1, head_dim)
+    out = torch.empty_like(grouped)
+    mass = torch.zeros(tokens, dtype=torch.float32, device=key.device)
+    for kv_head, group in enumerate(grouped):  # one at a time: probabilities take [heads / kv_heads * rows, tokens]
+        logits = (group @ key[0, kv_head].T).float()
+        logits.view(-1, rows, tokens)[..., first:].masked_fill_(hidden, float("-inf"))
+        probabilities = logits.softmax(dim=-1)
+        mass += probabilities.sum(dim=0)
+        out[kv_head] = probabilities.to(value.dtype) @ value[0, kv_head]
+    return out.view(query.shape), mass / (heads * rows)

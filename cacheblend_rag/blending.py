@@ -1,0 +1,130 @@
+"""The blend: choose which matched tokens to recompute, then prefill those and everything missed in one pass.
+
+    reuse   cached KV is in place, shifted (the engine loaded it)
+    select  a policy names the matched tokens whose KV would change most (CacheBlend, section 4.3)
+    fuse    one forward pass of the model over chosen and missed tokens; each sees every key up to its own position,
+            cached or fresh, and writes its own KV for the tokens after it
+
+Ratio 1 chooses every matched token: the pass is then plain prefill. Ratio 0 is full reuse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Protocol
+
+import torch
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.errors import PolicyError
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.policies import get_policy
+
+
+class BlendForward(Protocol):
+    """One prompt inside an engine: its KV, partly loaded from chunks, and the model that can run over any of its rows.
+
+    Rows are int64 positions, ascending. Every method computes with exact causality: a row sees keys 0 .. its own
+    position.
+
+    Attributes:
+        num_layers: Decoder layers.
+        exact_tokens: Leading positions whose KV is exact in all layers.
+    """
+
+    num_layers: int
+    exact_tokens: int
+
+    def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """Run rows up to the values of ``layer``, keeping their fresh KV there and in the layers before.
+
+        Returns:
+            float32 ``[rows]``: squared L2 distance between fresh and cached values of that layer, over all heads.
+        """
+
+    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+        """Run rows through all layers and watch where the question looks.
+
+        Args:
+            rows: The last of them are ``question``.
+            question: Rows whose attention is recorded.
+            layers: Layers that count.
+
+        Returns:
+            float32 ``[prompt tokens]``: attention probability that each token gets, mean over layers, heads and
+            question.
+        """
+
+    def recompute(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run rows through all layers, the prompt's last row among them, and keep their KV.
+
+        Returns:
+            float32 ``[vocabulary]``: logits after the last row.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendResult:
+    """What a blend did.
+
+    Attributes:
+        logits: float32 ``[vocabulary]``: logits of the first token.
+        recomputed: int64: the matched positions that were recomputed.
+        policy: Who chose them; empty where there was nothing to choose.
+        select_seconds: Time to choose.
+        recompute_seconds: Time of the fusing pass.
+    """
+
+    logits: torch.Tensor
+    recomputed: torch.Tensor
+    policy: str
+    select_seconds: float
+    recompute_seconds: float
+
+
+def recompute_budget(layout: PromptLayout, ratio: float) -> int:
+    """How many matched tokens a ratio pays for: ``floor(ratio * matched)``."""
+    # Rounded first: 0.15 * 100 is 15.000000000000002 and 0.29 * 100 is 28.999999999999996.
+    return math.floor(round(ratio * len(layout.matched), 6))
+
+
+def blend(forward: BlendForward, layout: PromptLayout, config: BlendConfig) -> BlendResult:
+    """Blend one prompt whose cached KV is loaded; afterwards its KV is complete and its first token can be chosen.
+
+    Without segments this is plain prefill of everything after the prefix.
+
+    Raises:
+        PolicyError: the policy returned positions that it may not return.
+    """
+    started = time.perf_counter()
+    budget = recompute_budget(layout, config.recompute_ratio)
+    policy_name = ""
+    if budget == len(layout.matched):
+        chosen = layout.matched
+    elif budget == 0:
+        chosen = layout.matched[:0]
+    else:
+        policy = get_policy(config.policy)
+        policy_name, chosen = policy.select(forward, layout, budget, config)
+        _check_choice(policy_name, chosen, layout, budget)
+    selected = time.perf_counter()
+    rows = torch.cat([chosen, layout.missed]).sort().values
+    # What stands before the first segment may have become exact while selecting.
+    logits = forward.recompute(rows[rows >= forward.exact_tokens])
+    return BlendResult(logits, chosen, policy_name, selected - started, time.perf_counter() - selected)
+
+
+def _check_choice(policy: str, chosen: torch.Tensor, layout: PromptLayout, budget: int) -> None:
+    """A bad choice must not become a wrong answer."""
+    if chosen.dtype != torch.int64 or chosen.dim() != 1:
+        raise PolicyError(
+            f"policy {policy!r} must return a 1-d int64 tensor, not {chosen.dtype} of shape {tuple(chosen.shape)}"
+        )
+    if len(chosen) > budget:
+        raise PolicyError(f"policy {policy!r} chose {len(chosen)} tokens with a budget of {budget}")
+    if bool((chosen[1:] <= chosen[:-1]).any()):
+        raise PolicyError(f"policy {policy!r} must return ascending positions without repeats")
+    if not bool(torch.isin(chosen, layout.matched).all()):
+        raise PolicyError(f"policy {policy!r} chose a position that no chunk covers")

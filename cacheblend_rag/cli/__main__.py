@@ -1,0 +1,5 @@
+"""``python -m cacheblend_rag.cli``."""
+
+from cacheblend_rag.cli import main
+
+main()

@@ -1,0 +1,99 @@
+"""The options of commands that load a model, and loading it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cacheblend_rag.cli.console import working
+from cacheblend_rag.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from cacheblend_rag.config import BlendConfig
+    from cacheblend_rag.engines.base import Engine
+
+
+def _directory(text: str) -> Path:
+    if "://" in text:
+        raise typer.BadParameter(f"{text} is a URL: give a directory")
+    return Path(text).expanduser()
+
+
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model directory or hub id.")]
+Store = Annotated[Path, typer.Option("--store", "-s", metavar="DIR", parser=_directory, help="Chunk store.")]
+EngineName = Annotated[str, typer.Option("--engine", metavar="NAME", help="What runs the model.")]
+Namespace = Annotated[str, typer.Option(metavar="NAME", help="Tenant: chunks of different namespaces never meet.")]
+Primer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text that every chunk is prefilled behind, instead of the built-in one; the same for ingest and query.",
+    ),
+]
+Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@contextlib.contextmanager
+def open_engine(
+    model: str,
+    store: Path,
+    *,
+    engine: str,
+    namespace: str,
+    primer: Path | None,
+    dtype: str,
+    device: str,
+    blend: BlendConfig | None = None,
+) -> Iterator[Engine]:
+    """Load a model with a store, showing that it takes a while; closed at the end."""
+    from cacheblend_rag import BlendConfig, load_engine
+
+    if Path(model).is_dir():  # nothing to download: one line about loading is enough
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    primer_text = None if primer is None else read_text(primer)
+    with working(f"loading {model}"):
+        loaded = load_engine(
+            model,
+            engine=engine,
+            store=str(store),
+            blend=blend or BlendConfig(),
+            dtype=dtype,
+            device=device,
+            primer=primer_text,
+            namespace=namespace,
+        )
+    with loaded:
+        yield loaded
+
+
+def require_store(store: Path) -> None:
+    """Refuse to make a store where one is only to be read.
+
+    Raises:
+        StoreError: there is no such directory, or it is empty.
+    """
+    if not store.is_dir() or not any(store.iterdir()):
+        raise StoreError(
+            f"there is no chunk store at {store}: make one with cacheblend ingest DIR --model MODEL --store {store}"
+        )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, ``-`` being standard input.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+        OSError: it can't be read.
+    """
+    try:
+        data = typer.get_binary_stream("stdin").read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start})") from error

@@ -1,0 +1,74 @@
+"""The settings of a blend, validated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from cacheblend_rag.errors import ConfigError
+
+Mode = Literal["auto", "blend", "off"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendConfig:
+    """How a prompt with known chunks is blended.
+
+    Attributes:
+        recompute_ratio: Share of the matched tokens whose KV is recomputed, in [0, 1]. 0 is full reuse, 1 is exactly
+            plain prefill.
+        check_layers: Layers (0-based, ascending) at which ``hkvd`` compares fresh with cached values. Several layers
+            filter gradually (CacheBlend, section 4.3).
+        policy: Name of the selection policy, see ``cacheblend_rag.policies``.
+        min_reused_tokens: With ``mode="auto"``, prompts that would reuse fewer tokens than this are prefilled plainly.
+        mode: ``"auto"`` blends where it pays, ``"blend"`` wherever a chunk is known, ``"off"`` never.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    recompute_ratio: float = 0.15
+    check_layers: tuple[int, ...] = (1,)
+    policy: str = "query_aware"
+    min_reused_tokens: int = 512
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        ratio = self.recompute_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            raise ConfigError(f"recompute_ratio must be a number in [0, 1], not {ratio!r}")
+        layers = tuple(self.check_layers)
+        if not layers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
+            raise ConfigError(f"check_layers must be layer numbers from 0, at least one, not {self.check_layers!r}")
+        if sorted(set(layers)) != list(layers):
+            raise ConfigError(f"check_layers must be ascending without repeats, not {self.check_layers!r}")
+        object.__setattr__(self, "check_layers", layers)
+        if (
+            isinstance(self.min_reused_tokens, bool)
+            or not isinstance(self.min_reused_tokens, int)
+            or self.min_reused_tokens < 0
+        ):
+            raise ConfigError(
+                f"min_reused_tokens must be a whole number of tokens from 0, not {self.min_reused_tokens!r}"
+            )
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, not {self.mode!r}")
+
+        from cacheblend_rag.policies import get_policy  # here: policies need BlendConfig
+
+        get_policy(self.policy)
+
+    def with_overrides(self, overrides: Mapping[str, Any] | None) -> BlendConfig:
+        """This config with some fields replaced.
+
+        Raises:
+            ConfigError: an unknown field or a bad value.
+        """
+        if not overrides:
+            return self
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in overrides:
+            if name not in names:
+                raise ConfigError(f"unknown blend setting {name!r}: known are {', '.join(names)}")
+        return dataclasses.replace(self, **overrides)

@@ -1,0 +1,1 @@
+"""Seeing what a blend does and where the time goes."""

@@ -1,0 +1,177 @@
+"""What every engine does, whatever runs the model."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, overload
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
+
+if TYPE_CHECKING:
+    from cacheblend_rag.chunks import ChunkScope
+
+Prompt = str | Sequence[int]
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen, named as in vLLM.
+
+    Attributes:
+        max_tokens: Most tokens to generate, at least 1.
+        temperature: 0 is greedy.
+        top_p: Keep the most likely tokens up to this total probability, in (0, 1].
+        top_k: Keep this many of the most likely tokens; 0 or -1 keeps all.
+        seed: Makes sampling repeatable.
+        stop: Strings that end the answer; not part of its text.
+        logprobs: Return log-probabilities of this many top tokens.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise ConfigError(f"stop must be non-empty strings, not {self.stop!r}")
+        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise ConfigError(f"temperature must be a number from 0, not {self.temperature!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be a number in (0, 1], not {self.top_p!r}")
+        if not _is_int(self.top_k) or self.top_k < -1:
+            raise ConfigError(f"top_k must be a whole number from -1, not {self.top_k!r}")
+        if self.seed is not None and not _is_int(self.seed):
+            raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
+        if self.logprobs is not None and (not _is_int(self.logprobs) or self.logprobs < 0):
+            raise ConfigError(f"logprobs must be a whole number from 0, not {self.logprobs!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Engine(abc.ABC):
+    """A model, a chunk store, and the blend of both. Calls from several threads are served one after the other.
+
+    Attributes:
+        model_name: What the user called the model.
+        blend: The settings that calls override.
+        context_window: Most tokens of prompt plus answer.
+        scope: Namespace, model and primer: which stored chunks it may read.
+    """
+
+    model_name: str
+    blend: BlendConfig
+    context_window: int
+    scope: ChunkScope
+
+    @abc.abstractmethod
+    def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
+        """Prefill each chunk once, alone behind the primer, and store its KV. Warm chunks are skipped.
+
+        Args:
+            chunks: Chunk texts, exactly as prompts will hold them.
+            progress: Called with (chunks done, chunks in all) after each.
+
+        Raises:
+            ChunkTooLongError: a chunk does not fit the context; raised before any is prefilled.
+            StoreError: the store can't be written; chunks stored before stay.
+        """
+
+    @abc.abstractmethod
+    def evict(self, chunks: Sequence[str]) -> int:
+        """Remove chunks from the store; returns how many were there.
+
+        Raises:
+            StoreError: the store can't be written.
+        """
+
+    @overload
+    def generate(
+        self, prompt: str, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[int], *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        blend: Mapping[str, Any] | BlendConfig | None = None,
+        **sampling: Any,
+    ) -> list[Generation]: ...
+    @abc.abstractmethod
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        blend: Mapping[str, Any] | BlendConfig | None = None,
+        **sampling: Any,
+    ) -> Generation | list[Generation]:
+        """Answer a prompt, or each of a list of prompts.
+
+        Args:
+            prompt: Text, token ids, or a list of either.
+            blend: Settings for this call, such as ``{"recompute_ratio": 0.3}``.
+            sampling: Fields of :class:`SamplingParams`.
+
+        Raises:
+            ConfigError: a bad setting.
+            PromptTooLongError: prompt plus ``max_tokens`` does not fit the context.
+        """
+
+    @abc.abstractmethod
+    def stream(
+        self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> Iterator[StreamPiece]:
+        """Like :meth:`generate` for one prompt, piece by piece; the last piece carries the whole generation.
+
+        Pieces may be taken from different threads, one at a time. A stream that is given up blocks nobody.
+        """
+
+    @abc.abstractmethod
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages (``role``, ``content``) as one prompt text, by the model's chat template, ready for its answer.
+
+        Raises:
+            ConfigError: the model has no chat template.
+        """
+
+    @abc.abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens in a text, without special tokens."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free the model and close the store; closing twice does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

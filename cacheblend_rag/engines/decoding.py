@@ -1,0 +1,107 @@
+"""From logits to tokens, and from tokens to text."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from cacheblend_rag.engines.base import SamplingParams
+
+# What was generated so far: the warpers used here don't look at it.
+_NO_HISTORY = torch.LongTensor()
+
+
+class Sampler:
+    """Chooses the next token, greedily or at random.
+
+    Args:
+        params: Temperature, top_p, top_k, seed, logprobs.
+        device: Where the logits are.
+    """
+
+    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+        self._logprobs = params.logprobs
+        self._greedy = params.temperature == 0
+        self._generator = torch.Generator(device)
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(params.temperature))
+            if params.top_k > 0:
+                self._warpers.append(TopKLogitsWarper(params.top_k))
+            if params.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(params.top_p))
+
+    def choose(self, logits: torch.Tensor) -> tuple[int, dict[int, float] | None]:
+        """The next token, and the log-probabilities asked for (of the model's own distribution, before any warping).
+
+        Args:
+            logits: float32 ``[vocabulary]``.
+        """
+        if self._greedy:
+            token = int(logits.argmax())
+        else:
+            probabilities = self._warpers(_NO_HISTORY, logits[None]).softmax(dim=-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        if self._logprobs is None:
+            return token, None
+        logprobs = logits.log_softmax(dim=-1)
+        top = logprobs.topk(self._logprobs).indices.tolist()
+        return token, {index: float(logprobs[index]) for index in dict.fromkeys([*top, token])}
+
+
+class TextStream:
+    """Turns tokens into text as they come, and ends at a stop string.
+
+    Args:
+        tokenizer: Decodes.
+        stop: Strings that end the text; they are not part of it, nor is anything after them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)  # holds back half characters
+        self._stop = stop
+        self._token_ids: list[int] = []
+        self._pending = ""
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token_id: int) -> str:
+        """New text that is certain: no half characters, nothing that may yet become a stop string."""
+        self._token_ids.append(token_id)
+        self._pending += self._decoder.step(self._tokenizer.backend_tokenizer, token_id) or ""
+        ends = [end for end in map(self._pending.find, self._stop) if end >= 0]
+        if ends:
+            self.stopped = True
+            return self._send(min(ends))
+        return self._send(len(self._pending) - self._possible_stop())
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        decoded = str(self._tokenizer.decode(self._token_ids, skip_special_tokens=True))
+        self._pending += decoded[len(self.text) + len(self._pending) :]
+        return self._send(len(self._pending))
+
+    def _send(self, length: int) -> str:
+        piece, self._pending = self._pending[:length], self._pending[length:]
+        self.text += piece
+        return piece
+
+    def _possible_stop(self) -> int:
+        """Characters at the end of the pending text that may be the beginning of a stop string."""
+        text = self._pending
+        lengths = (n for stop in self._stop for n in range(1, len(stop)) if stop.startswith(text[-n:]))
+        return max((n for n in lengths if n <= len(text)), default=0)

@@ -1,0 +1,204 @@
+"""Partial forward passes of a stock transformers model over one prompt.
+
+The model's own ``forward`` is called with any subset of a prompt's tokens and their positions. Three things of ours
+take part: a cache that writes each row's KV at its position, an attention function that masks by position, and a way to
+stop a pass once a layer's values are known. Nothing is written per architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, Cache, PreTrainedModel
+
+from cacheblend_rag.attention.rows import RowAttention, attend_and_watch
+from cacheblend_rag.chunks import ChunkKV
+from cacheblend_rag.errors import UnsupportedModelError
+from cacheblend_rag.rope import RotaryTable, rotate_keys, shift_table
+
+ATTENTION_NAME = "cacheblend"
+
+
+class _Stop(Exception):
+    """Ends a pass early: what was asked for is known."""
+
+
+class PromptForward:
+    """One sequence of tokens: its KV, and passes of the model over any of its rows. See ``blending.BlendForward``.
+
+    Args:
+        model: A causal LM whose attention implementation is :data:`ATTENTION_NAME`.
+        token_ids: int64 ``[tokens]`` on the model's device. Tokens to generate may be appended later with
+            :meth:`decode`.
+        kv: Buffer ``[layers, 2, capacity, kv_heads, head_dim]`` with room for all tokens, keys at index 0, values at 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, token_ids: torch.Tensor, kv: torch.Tensor) -> None:
+        self.num_layers = kv.shape[0]
+        self.exact_tokens = 0
+        self._model = model
+        self._token_ids = token_ids
+        self._kv = kv
+
+    def place_exact(self, kv: torch.Tensor) -> None:
+        """Copy the KV of the first tokens, ``[layers, 2, tokens, kv_heads, head_dim]``, computed at these positions."""
+        self._kv[:, :, : kv.shape[2]] = kv
+
+    def place(self, chunk: ChunkKV, offset: int, length: int, start: int) -> None:
+        """Copy ``length`` tokens of a chunk, from its ``offset`` on, to positions ``start ..``, keys shifted there."""
+        source = chunk.kv[:, :, offset : offset + length]
+        target = self._kv[:, :, start : start + length]
+        old_start = chunk.start + offset
+        if old_start == start:
+            target.copy_(source)
+            return
+        target[:, 1] = source[:, 1]
+        shift = shift_table(self._rotary(old_start, length), self._rotary(start, length))
+        for layer in range(self.num_layers):  # one at a time: the float32 copies stay in the CPU's cache
+            rotate_keys(source[layer, 0].to(target.device), shift, out=target[layer, 0])
+
+    def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :meth:`blending.BlendForward.deviations`."""
+        forward_pass = _Pass(self._kv, rows, deviation_layer=layer)
+        with contextlib.suppress(_Stop):
+            self._run(forward_pass)
+        assert forward_pass.deviations is not None
+        return forward_pass.deviations.cpu()
+
+    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+        """See :meth:`blending.BlendForward.question_attention`."""
+        forward_pass = _Pass(self._kv, rows, question_rows=len(question), question_layers=layers)
+        with contextlib.suppress(_Stop):
+            self._run(forward_pass)
+        self._extend_exact(rows)
+        return (forward_pass.question_mass / len(layers)).cpu()
+
+    def recompute(self, rows: torch.Tensor) -> torch.Tensor:
+        """See :meth:`blending.BlendForward.recompute`."""
+        logits = self._run(_Pass(self._kv, rows))
+        self._extend_exact(rows)
+        return logits
+
+    def decode(self, token_id: int) -> torch.Tensor:
+        """Append a token and run it; returns the float32 logits ``[vocabulary]`` after it."""
+        self._token_ids = torch.cat([self._token_ids, self._token_ids.new_tensor([token_id])])
+        return self.recompute(torch.tensor([len(self._token_ids) - 1]))
+
+    def _run(self, forward_pass: _Pass) -> torch.Tensor:
+        rows = forward_pass.rows
+        output = self._model(
+            input_ids=self._token_ids[rows][None],
+            position_ids=rows[None],
+            past_key_values=forward_pass,
+            use_cache=True,
+            logits_to_keep=1,
+            row_pass=forward_pass,
+        )
+        logits: torch.Tensor = output.logits[0, -1].float()
+        return logits
+
+    def _extend_exact(self, rows: torch.Tensor) -> None:
+        """Rows that follow the exact tokens without a gap have become exact."""
+        following = rows[rows >= self.exact_tokens]
+        in_order = following == torch.arange(self.exact_tokens, self.exact_tokens + len(following))
+        self.exact_tokens += int(in_order.long().cumprod(0).sum())
+
+    def _rotary(self, start: int, length: int) -> RotaryTable:
+        """The model's own rotation of some positions."""
+        positions = torch.arange(start, start + length, device=self._kv.device)
+        decoder: Any = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        cos, sin = decoder.rotary_emb(self._kv[0, 0, :1], positions[None])
+        half = cos.shape[-1] // 2
+        return RotaryTable(cos[0, :, :half].float(), sin[0, :, :half].float())
+
+
+class _Pass(Cache):
+    """One forward pass over some rows: handed to the model as its KV cache, and to its attention layers.
+
+    Args:
+        kv: The prompt's KV buffer.
+        rows: int64 positions, ascending.
+        deviation_layer: Stop at this layer once its deviations are known.
+        question_rows: The last so many rows are the question, whose attention is watched; nothing is computed that only
+            logits would need.
+        question_layers: The layers where it counts.
+    """
+
+    def __init__(
+        self,
+        kv: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        deviation_layer: int | None = None,
+        question_rows: int = 0,
+        question_layers: range = range(0),
+    ) -> None:
+        super().__init__(layers=[])
+        self.rows = rows.to(kv.device)
+        self.deviations: torch.Tensor | None = None
+        self._end = int(rows[-1]) + 1
+        self._kv = kv
+        self._deviation_layer = deviation_layer
+        self._question_layers = question_layers
+        self.question_mass = torch.zeros(self._end, dtype=torch.float32, device=kv.device)
+        self._question_rows = question_rows
+        self._attention: dict[int | None, RowAttention] = {}  # by sliding window
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows' KV (``[1, kv_heads, rows, head_dim]``) at their positions; returns that of all positions."""
+        keys, values = self._kv[layer_idx]
+        fresh = value_states[0].transpose(0, 1)
+        if layer_idx == self._deviation_layer:  # before the fresh values take the cached ones' place
+            self.deviations = (fresh.float() - values[self.rows].float()).square().sum(dim=(1, 2))
+        keys[self.rows] = key_states[0].transpose(0, 1)
+        values[self.rows] = fresh
+        if layer_idx == self._deviation_layer:
+            raise _Stop
+        return keys[: self._end].transpose(0, 1)[None], values[: self._end].transpose(0, 1)[None]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attention of the rows over all positions: ``[1, heads, rows, head_dim]``."""
+        context = len(self.rows) - self._question_rows
+        parts = []
+        if context:
+            if window not in self._attention:
+                self._attention[window] = RowAttention(self.rows[:context], query.dtype, window)
+            parts.append(self._attention[window](query[:, :, :context], key, value, scale))
+        if self._question_rows:
+            asked, mass = attend_and_watch(query[:, :, context:], key, value, self.rows[context:], scale)
+            parts.append(asked)
+            if layer in self._question_layers:
+                self.question_mass += mass
+            if layer == len(self._kv) - 1:
+                raise _Stop
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    row_pass: _Pass,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function transformers calls in every attention layer. The mask is None: positions say what a row sees."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"its attention uses {name}, which row attention does not compute")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = row_pass.attend(layer, query, key, value, scaling, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)

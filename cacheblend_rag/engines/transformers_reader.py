@@ -1,0 +1,162 @@
+"""Reads prompts and chunks with a transformers model: the blend, and the plain prefill behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+
+from cacheblend_rag.blending import blend
+from cacheblend_rag.chunks import ChunkKV, TokenIds
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.decision import decide
+from cacheblend_rag.engines.transformers_forward import PromptForward
+from cacheblend_rag.engines.transformers_model import LoadedModel
+from cacheblend_rag.errors import PolicyError
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.stats import BlendStats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class ReadPrompt:
+    """A prompt whose KV is complete.
+
+    Attributes:
+        forward: Appends tokens to it.
+        logits: float32 ``[vocabulary]``: logits of the first token to generate.
+        stats: How it was read; the times of the first token are not filled in yet.
+        segments: The runs whose KV came from chunks.
+    """
+
+    forward: PromptForward
+    logits: torch.Tensor
+    stats: BlendStats
+    segments: tuple[Segment, ...] = ()
+
+
+class PromptReader:
+    """Not safe for several threads at once: the engine serialises calls.
+
+    Args:
+        loaded: The model.
+        library: The warm chunks, whose scope names the primer.
+
+    Attributes:
+        counts: Faults survived: ``chunk_fault`` (a matched chunk could not be read) and ``blend_fault`` (an exception
+            in the blend; the prompt was prefilled).
+    """
+
+    def __init__(self, loaded: LoadedModel, library: ChunkLibrary) -> None:
+        self.counts: Counter[str] = Counter()
+        self._loaded = loaded
+        self._library = library
+        self._primer_ids = np.asarray(library.scope.primer_ids, np.int32)
+        self._primer_kv = loaded.empty_kv(len(self._primer_ids))
+        if len(self._primer_ids):
+            primer = self._forward(self._primer_ids, self._primer_kv)
+            with torch.inference_mode():
+                primer.recompute(torch.arange(len(self._primer_ids)))
+
+    @torch.inference_mode()
+    def read_chunk(self, ids: TokenIds) -> ChunkKV:
+        """Prefill a chunk alone behind the primer, whose own KV is not part of the result.
+
+        Args:
+            ids: int32 ``[tokens]``, at least one.
+        """
+        primer, total = len(self._primer_ids), len(self._primer_ids) + len(ids)
+        kv = self._loaded.empty_kv(total)
+        kv[:, :, :primer] = self._primer_kv
+        self._forward(np.concatenate([self._primer_ids, ids]), kv).recompute(torch.arange(primer, total))
+        scope = self._library.scope
+        return ChunkKV(scope.key(ids), scope, ids, primer, kv[:, :, primer:].cpu().contiguous())
+
+    @torch.inference_mode()
+    def read_prompt(self, ids: TokenIds, total: int, config: BlendConfig) -> ReadPrompt:
+        """Read a prompt the fastest way that is right. Whatever goes wrong in a blend ends in plain prefill.
+
+        Args:
+            ids: int32 ``[tokens]``, at least one.
+            total: Tokens of the prompt and of the longest answer to it.
+            config: The request's settings.
+
+        Raises:
+            PolicyError: the selection policy broke its contract.
+        """
+        if config.mode == "off":
+            return self._prefill(ids, total, "mode is off")
+        if total > self._loaded.full_attention_tokens:
+            limit = self._loaded.full_attention_tokens
+            return self._prefill(ids, total, f"longer than the {limit} tokens that see each other fully")
+        try:
+            return self._blend(ids, total, config)
+        except PolicyError:
+            raise
+        except Exception:
+            logger.exception("blending failed, the prompt is prefilled plainly")
+            self.counts["blend_fault"] += 1
+            return self._prefill(ids, total, "blending failed, see the log")
+
+    def _prefill(self, ids: TokenIds, total: int, reason: str) -> ReadPrompt:
+        forward = self._forward(ids, self._loaded.empty_kv(total))
+        started = time.perf_counter()
+        logits = forward.recompute(torch.arange(len(ids)))
+        stats = BlendStats(len(ids), missed_tokens=len(ids), reason=reason, recompute=time.perf_counter() - started)
+        return ReadPrompt(forward, logits, stats)
+
+    def _blend(self, ids: TokenIds, total: int, config: BlendConfig) -> ReadPrompt:
+        stats = BlendStats(len(ids))
+        unreadable: set[str] = set()
+        while True:
+            started = time.perf_counter()
+            segments = self._library.match(ids, exclude=unreadable)
+            layout = PromptLayout.of_prompt(ids, segments, self._primer_ids)
+            stats.decision, stats.reason = decide(layout, config)
+            if stats.decision == "prefill":
+                layout = PromptLayout.build(len(ids))
+            elif stats.decision == "prefix":
+                layout = layout.without_segments()
+            matched = time.perf_counter()
+            forward = self._forward(ids, self._loaded.empty_kv(total))
+            lost = self._load(forward, layout)
+            stats.match += matched - started
+            stats.load += time.perf_counter() - matched
+            if not lost:
+                break
+            # As if these chunks were not warm: others may cover their tokens.
+            unreadable |= lost
+            self.counts["chunk_fault"] += len(lost)
+        result = blend(forward, layout, config)
+        stats.prefix_tokens = layout.prefix
+        stats.recomputed_tokens = len(result.recomputed)
+        stats.reused_tokens = len(layout.matched) - len(result.recomputed)
+        stats.missed_tokens = len(layout.missed)
+        stats.segments = len(layout.segments) + len(layout.prefix_segments)
+        stats.policy = result.policy
+        stats.faults = len(unreadable)
+        stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
+        return ReadPrompt(forward, result.logits, stats, layout.prefix_segments + layout.segments)
+
+    def _forward(self, ids: TokenIds, kv: torch.Tensor) -> PromptForward:
+        return PromptForward(self._loaded.model, torch.from_numpy(ids.astype(np.int64)).to(kv.device), kv)
+
+    def _load(self, forward: PromptForward, layout: PromptLayout) -> set[str]:
+        """Put cached KV in place; returns the keys of chunks that can't be read, for which places stay empty."""
+        forward.place_exact(self._primer_kv[:, :, : layout.prefix])
+        lost = set()
+        for segment in layout.prefix_segments + layout.segments:
+            chunk = self._library.read(segment.key)
+            if chunk is None:
+                lost.add(segment.key)
+            else:
+                forward.place(chunk, segment.offset, segment.length, segment.start)
+        forward.exact_tokens = layout.prefix
+        return lost

@@ -1,0 +1,44 @@
+"""What a selection policy is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from cacheblend_rag.blending import BlendForward
+    from cacheblend_rag.config import BlendConfig
+    from cacheblend_rag.layout import PromptLayout
+
+
+class SelectionPolicy(Protocol):
+    """Chooses which matched tokens of a prompt are recomputed."""
+
+    def select(
+        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
+    ) -> tuple[str, torch.Tensor]:
+        """Choose.
+
+        Args:
+            forward: The prompt inside the engine; passes over it cost time and leave fresh KV behind.
+            layout: What is matched and what is missed.
+            budget: Most tokens to choose, at least 1 and fewer than are matched.
+            config: The request's settings.
+
+        Returns:
+            The name of the policy that chose (one may fall back to another) and the chosen positions: int64, ascending,
+            no repeats, a subset of ``layout.matched``, at most ``budget``.
+        """
+
+
+def top_positions(positions: torch.Tensor, scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` positions with the highest scores, ascending. Ties go to the earlier position.
+
+    Args:
+        positions: int64 ``[n]``, ascending.
+        scores: ``[n]``.
+        count: At most this many.
+    """
+    best = scores.argsort(descending=True, stable=True)[:count]
+    return positions[best].sort().values

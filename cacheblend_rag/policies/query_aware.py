@@ -1,0 +1,42 @@
+"""Query-aware selection: recompute the tokens that the question looks at.
+
+The question's rows run through all layers over the reused KV. Where their attention goes, in the last half of the
+layers, is where wrong KV would show in the answer. At equal budget this closes more of the gap to full prefill than the
+deviation of early values does, and it needs no pass over all tokens.
+
+Cost: one pass over the missed tokens (the template, the question, cold chunks).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cacheblend_rag.policies.base import top_positions
+from cacheblend_rag.policies.hkvd import HKVD
+
+if TYPE_CHECKING:
+    from cacheblend_rag.blending import BlendForward
+    from cacheblend_rag.config import BlendConfig
+    from cacheblend_rag.layout import PromptLayout
+
+# A tail this short is the end of a template, not a question: it stands before the passages then.
+MIN_QUESTION_TOKENS = 8
+# A longer tail holds cold chunks too: the question is its end.
+MAX_QUESTION_TOKENS = 128
+
+
+class QueryAware:
+    """Most attended by the question first; ``hkvd`` where no question follows the passages."""
+
+    def select(
+        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
+    ) -> tuple[str, torch.Tensor]:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = torch.arange(layout.question_start, layout.length)[-MAX_QUESTION_TOKENS:]
+        if len(question) < MIN_QUESTION_TOKENS:
+            return HKVD().select(forward, layout, budget, config)
+        layers = range(forward.num_layers // 2, forward.num_layers)
+        attention = forward.question_attention(layout.missed, question, layers)
+        return "query_aware", top_positions(layout.matched, attention[layout.matched], budget)

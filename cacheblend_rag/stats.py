@@ -1,0 +1,115 @@
+"""What an engine reports: per request, per generation, per warm."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from cacheblend_rag.matching import Segment
+
+Decision = Literal["blend", "prefix", "prefill"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass
+class BlendStats:
+    """How one prompt was read, in tokens and seconds.
+
+    ``prompt_tokens == prefix_tokens + reused_tokens + recomputed_tokens + missed_tokens``.
+
+    Attributes:
+        prompt_tokens: Tokens in the prompt.
+        prefix_tokens: Tokens whose KV was read from an exact prefix (same tokens at the same positions).
+        reused_tokens: Matched tokens whose cached KV was used as it was, shifted.
+        recomputed_tokens: Matched tokens that the policy chose to recompute.
+        missed_tokens: Tokens no known chunk covers: the template, the question, cold chunks.
+        segments: Number of runs of tokens that were matched with known chunks.
+        decision: ``"blend"``, ``"prefix"`` (only the exact prefix is reused) or ``"prefill"``.
+        reason: Why, in a few words.
+        policy: The policy that chose the recomputed tokens, empty if none did.
+        faults: Chunks that matched but could not be read; they were prefilled.
+        match: Seconds for tokenising and matching.
+        load: Seconds for reading, copying and shifting cached KV.
+        select: Seconds for choosing the tokens to recompute.
+        recompute: Seconds for the forward pass over recomputed and missed tokens.
+        first_token: Seconds from the last hidden state to the first token.
+        ttft: Seconds from the call to the first token.
+    """
+
+    prompt_tokens: int
+    prefix_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    missed_tokens: int = 0
+    segments: int = 0
+    decision: Decision = "prefill"
+    reason: str = ""
+    policy: str = ""
+    faults: int = 0
+    match: float = 0.0
+    load: float = 0.0
+    select: float = 0.0
+    recompute: float = 0.0
+    first_token: float = 0.0
+    ttft: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class Generation:
+    """The answer to one prompt.
+
+    Attributes:
+        text: The generated text, without the stop string.
+        token_ids: The generated tokens, an end-of-sequence token included.
+        finish_reason: ``"stop"`` (end of sequence or a stop string) or ``"length"``.
+        logprobs: With ``logprobs=K``, one dict per generated token: token id to natural-log probability, of the K
+            most likely tokens and the one chosen. None otherwise.
+        stats: How the prompt was read.
+        segments: The matched runs, in prompt order.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[dict[int, float]] | None
+    stats: BlendStats
+    segments: tuple[Segment, ...] = ()
+
+
+class StreamPiece(str):
+    """A piece of a streamed answer: a string. Pieces joined are the answer.
+
+    Attributes:
+        generation: On the last piece only, the whole generation.
+    """
+
+    generation: Generation | None
+
+    def __new__(cls, text: str, generation: Generation | None = None) -> StreamPiece:
+        """A piece; ``generation`` on the last one."""
+        piece = super().__new__(cls, text)
+        piece.generation = generation
+        return piece
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmReport:
+    """What warming did.
+
+    Attributes:
+        stored: Chunks prefilled and stored.
+        already_there: Chunks that were warm, repeats within the call included.
+        tokens: Tokens prefilled.
+        bytes: Bytes written.
+        seconds: Wall time.
+    """
+
+    stored: int
+    already_there: int
+    tokens: int
+    bytes: int
+    seconds: float

@@ -1,0 +1,74 @@
+"""A disk store behind a memory store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cacheblend_rag.chunks import ChunkKV, TokenIds
+from cacheblend_rag.store.base import ChunkInfo, IndexedChunk
+from cacheblend_rag.store.disk import DiskStore
+from cacheblend_rag.store.memory import MemoryStore
+
+
+class TieredStore:
+    """Reads from memory what was read or stored lately; what is stored at all is for the disk to say.
+
+    Args:
+        memory: Holds copies only.
+        disk: Holds every chunk.
+    """
+
+    def __init__(self, memory: MemoryStore, disk: DiskStore) -> None:
+        self.memory = memory
+        self.disk = disk
+
+    def __repr__(self) -> str:
+        return f"TieredStore({self.memory!r}, {self.disk!r})"
+
+    @property
+    def faults(self) -> int:
+        """Stored chunks that could not be read since the store was opened."""
+        return self.disk.faults
+
+    def put(self, chunk: ChunkKV) -> int:
+        """See :meth:`ChunkStore.put`."""
+        written = self.disk.put(chunk)
+        self.memory.put(chunk)
+        return written
+
+    def get(self, key: str) -> ChunkKV | None:
+        """See :meth:`ChunkStore.get`."""
+        chunk = self.memory.get(key)
+        if chunk is not None:
+            self.disk.touch(key)  # or the disk would evict what is read most
+            return chunk
+        chunk = self.disk.get(key)
+        if chunk is not None:
+            self.memory.put(chunk)
+        return chunk
+
+    def ids(self, key: str) -> TokenIds | None:
+        """See :meth:`ChunkStore.ids`."""
+        return self.disk.ids(key)
+
+    def __contains__(self, key: object) -> bool:
+        """See :meth:`ChunkStore.__contains__`."""
+        return key in self.disk
+
+    def delete(self, key: str) -> bool:
+        """See :meth:`ChunkStore.delete`."""
+        self.memory.delete(key)
+        return self.disk.delete(key)
+
+    def entries(self) -> Iterator[ChunkInfo]:
+        """See :meth:`ChunkStore.entries`."""
+        return self.disk.entries()
+
+    def added_since(self, scope_digest: str, cursor: int) -> tuple[int, list[IndexedChunk]]:
+        """See :meth:`ChunkStore.added_since`."""
+        return self.disk.added_since(scope_digest, cursor)
+
+    def close(self) -> None:
+        """See :meth:`ChunkStore.close`."""
+        self.memory.close()
+        self.disk.close()

@@ -1,0 +1,221 @@
+"""A vector store whose documents are prefilled when they are added."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cacheblend_rag.engines.base import Engine
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import VectorStore
+
+logger = logging.getLogger(__name__)
+
+
+class _Wrapped:
+    """An attribute that is the wrapped store's own: same signature, same docstring, async where that is async."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: CacheBlendVectorStore | None, owner: type) -> Any:
+        return self if instance is None else getattr(instance.vectorstore, self.name)
+
+
+class CacheBlendVectorStore(VectorStore):
+    """Any vector store, plus this: what is added is warmed, what is deleted is evicted.
+
+    The text that is warmed is exactly ``page_content``. Prompts may put anything around it: it is recognised by its
+    content.
+
+    Adding and deleting touch the chunk store first and the index second. When the chunk store fails, the index is as
+    it was; when the index fails, a chunk is warm or cold that need not be, which costs time, never an answer.
+
+    Searches and all other attributes (``save_local``, ``docstore``, ...) are the wrapped store's. What its class adds
+    to the interface of ``VectorStore`` for writing (such as ``add_embeddings``) does not warm; such documents are
+    warmed when :class:`CacheBlendRetriever` first returns them.
+
+    Attributes:
+        vectorstore: The wrapped store.
+        engine: Where documents are warmed and evicted.
+    """
+
+    def __init__(self, vectorstore: VectorStore, engine: Engine) -> None:
+        """Wrap a store; documents it already holds stay as they are."""
+        self.vectorstore = vectorstore
+        self.engine = engine
+        # The hash of the text behind each id added here. A text is evicted with the last id that holds it. (After
+        # index() replaces a document by one that differs in metadata only, the new id still holds the text.) Ids added
+        # elsewhere are not known: such a text may be evicted too early, and is warmed when it is next retrieved.
+        self._text_hashes: dict[str, int] = {}
+
+    @classmethod
+    def from_texts(  # type: ignore[override]  # a wrapper can't be built without what it wraps
+        cls,
+        texts: list[str],
+        embedding: Embeddings,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        vectorstore_cls: type[VectorStore],
+        engine: Engine,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> CacheBlendVectorStore:
+        """Warm texts, then build a store of ``vectorstore_cls`` from them, and wrap it.
+
+        Args:
+            texts: Texts to warm and to index.
+            embedding: Embeds the texts.
+            metadatas: One dict per text.
+            vectorstore_cls: Class of the store to build, such as ``FAISS``.
+            engine: Where texts are warmed.
+            ids: One id per text.
+            kwargs: Passed to ``vectorstore_cls.from_texts``.
+        """
+        engine.warm(texts)
+        store = cls(vectorstore_cls.from_texts(texts, embedding, metadatas, **_given(ids), **kwargs), engine)
+        store._remember(ids or [], texts)
+        return store
+
+    @classmethod
+    async def afrom_texts(  # type: ignore[override]
+        cls,
+        texts: list[str],
+        embedding: Embeddings,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        vectorstore_cls: type[VectorStore],
+        engine: Engine,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> CacheBlendVectorStore:
+        """Like :meth:`from_texts`; warming runs in a thread."""
+        await asyncio.to_thread(engine.warm, texts)
+        store = cls(await vectorstore_cls.afrom_texts(texts, embedding, metadatas, **_given(ids), **kwargs), engine)
+        store._remember(ids or [], texts)
+        return store
+
+    def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        """Warm documents, then add them to the wrapped store.
+
+        Raises:
+            ChunkTooLongError: a document does not fit the model's context. The index is unchanged.
+            StoreError: the chunk store can't be written. The index is unchanged.
+        """
+        texts = [document.page_content for document in documents]
+        self.engine.warm(texts)
+        return self._remember(self.vectorstore.add_documents(documents, **kwargs), texts)
+
+    async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        """Like :meth:`add_documents`; warming runs in a thread."""
+        texts = [document.page_content for document in documents]
+        await asyncio.to_thread(self.engine.warm, texts)
+        return self._remember(await self.vectorstore.aadd_documents(documents, **kwargs), texts)
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Warm texts, then add them to the wrapped store; raises like :meth:`add_documents`."""
+        texts = list(texts)
+        self.engine.warm(texts)
+        return self._remember(self.vectorstore.add_texts(texts, metadatas, **_given(ids), **kwargs), texts)
+
+    async def aadd_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Like :meth:`add_texts`; warming runs in a thread."""
+        texts = list(texts)
+        await asyncio.to_thread(self.engine.warm, texts)
+        return self._remember(await self.vectorstore.aadd_texts(texts, metadatas, **_given(ids), **kwargs), texts)
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
+        """Evict the chunks of documents, then delete the documents from the wrapped store.
+
+        Nothing is evicted where the texts can't be known: without ``ids``, or when the wrapped store has no
+        ``get_by_ids``. Texts that another document added here still holds stay warm.
+        """
+        try:
+            documents = self.vectorstore.get_by_ids(ids) if ids else []
+        except NotImplementedError:
+            documents = self._unknown_documents()
+        self.engine.evict(self._texts_only_in(ids or [], documents))
+        return self._forget(ids or [], self.vectorstore.delete(ids, **kwargs))
+
+    async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
+        """Like :meth:`delete`; eviction runs in a thread."""
+        try:
+            documents = await self.vectorstore.aget_by_ids(ids) if ids else []
+        except NotImplementedError:
+            documents = self._unknown_documents()
+        await asyncio.to_thread(self.engine.evict, self._texts_only_in(ids or [], documents))
+        return self._forget(ids or [], await self.vectorstore.adelete(ids, **kwargs))
+
+    def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
+        """Search the wrapped store."""
+        return self.vectorstore.similarity_search(query, k, **kwargs)
+
+    # VectorStore defines these, so __getattr__ never sees them. A type checker sees VectorStore's signatures.
+    if not TYPE_CHECKING:
+        embeddings = _Wrapped()
+        get_by_ids = _Wrapped()
+        aget_by_ids = _Wrapped()
+        search = _Wrapped()
+        asearch = _Wrapped()
+        asimilarity_search = _Wrapped()
+        similarity_search_by_vector = _Wrapped()
+        asimilarity_search_by_vector = _Wrapped()
+        similarity_search_with_score = _Wrapped()
+        asimilarity_search_with_score = _Wrapped()
+        similarity_search_with_relevance_scores = _Wrapped()
+        asimilarity_search_with_relevance_scores = _Wrapped()
+        max_marginal_relevance_search = _Wrapped()
+        amax_marginal_relevance_search = _Wrapped()
+        max_marginal_relevance_search_by_vector = _Wrapped()
+        amax_marginal_relevance_search_by_vector = _Wrapped()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapped class adds to ``VectorStore``, such as ``save_local``: it can't be listed ahead."""
+        if name == "vectorstore":  # not set yet: the object is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.vectorstore, name)
+
+    def _remember(self, ids: list[str], texts: list[str]) -> list[str]:
+        self._text_hashes.update(zip(ids, map(hash, texts), strict=False))
+        return ids
+
+    def _forget(self, ids: list[str], deleted: bool | None) -> bool | None:
+        if deleted is not False:
+            for id_ in ids:
+                self._text_hashes.pop(id_, None)
+        return deleted
+
+    def _texts_only_in(self, ids: Sequence[str], documents: list[Document]) -> list[str]:
+        remaining = self._text_hashes.keys() - set(ids)
+        held = {self._text_hashes[id_] for id_ in remaining}
+        texts = dict.fromkeys(document.page_content for document in documents)
+        return [text for text in texts if hash(text) not in held]
+
+    def _unknown_documents(self) -> list[Document]:
+        logger.warning(
+            "%s has no get_by_ids, so the chunks of deleted documents stay in the chunk store",
+            type(self.vectorstore).__name__,
+        )
+        return []
+
+
+def _given(ids: list[str] | None) -> dict[str, list[str]]:
+    # Not every store's methods take ids.
+    return {} if ids is None else {"ids": ids}

@@ -1,0 +1,110 @@
+"""Models the tests run on: SmolLM2-135M-Instruct (real weights) and small random models of every architecture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+# Every kind of RoPE, biases, query norms, fused projections and head grouping that must be handled.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama3-scaled": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    },
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "phi3": {
+        "model_type": "phi3",
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Directory of SmolLM2-135M-Instruct."""
+    directory = os.environ.get("CACHEBLEND_TEST_MODEL")
+    if not directory:
+        pytest.skip("CACHEBLEND_TEST_MODEL names no directory of SmolLM2-135M-Instruct: run `make test`")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end-of-sequence token."""
+    vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., str]:
+    """Builds a small random model of any architecture; the same arguments give the same weights."""
+
+    def build(name: str, **changes: Any) -> str:
+        directory = tmp_path_factory.mktemp(name)
+        settings: dict[str, Any] = {
+            "vocab_size": 257,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "bos_token_id": None,
+            "eos_token_id": 256,
+            "pad_token_id": None,
+            # Attention that is far from uniform: wrong KV must show.
+            "initializer_range": 0.2,
+        }
+        settings |= ARCHITECTURES.get(name, {}) | changes
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        model.save_pretrained(directory)
+        byte_tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_models(make_model: Callable[..., str]) -> dict[str, str]:
+    """Directories of the random models, by name."""
+    return {name: make_model(name) for name in ARCHITECTURES}
+
+
+@pytest.fixture
+def store_dir(tmp_path: Path) -> Path:
+    """Where a test keeps chunks."""
+    return tmp_path / "store"

@@ -1,0 +1,61 @@
+"""I1 and I7 on a CUDA GPU, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..conftest import ARCHITECTURES
+from .conftest import Case, open_engine, random_text
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.fixture(scope="module", params=[(n, d) for n in ARCHITECTURES for d in ("float32", "bfloat16")], ids=str)
+def gpu_case(request: pytest.FixtureRequest, random_models: dict[str, str]) -> Iterator[Case]:
+    name, dtype = request.param
+    directory = random_models[name]
+    engine = open_engine(directory, device="cuda", dtype=dtype)
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    case = Case(engine, reference.cuda().eval(), [random_text(seed, 130 + 10 * seed) for seed in range(6)])
+    engine.warm(case.chunks)
+    yield case
+    engine.close()
+
+
+def noise(case: Case, ids: list[int]) -> float:
+    """What counts as equal: 1e-4 in float32; in bfloat16 twice what plain prefill shows against itself in pieces."""
+    if case.reference.dtype == torch.float32:
+        return 1e-4
+    whole = case.plain_logits(ids).float()
+    tokens = torch.tensor([ids], device="cuda")
+    differences = []
+    for cut in range(len(ids) // 8, len(ids), len(ids) // 8):
+        with torch.inference_mode():
+            past = case.reference(tokens[:, :cut], use_cache=True).past_key_values
+            pieces = case.reference(tokens[:, cut:], past_key_values=past).logits[0, -1].float()
+        differences.append(float((whole - pieces).abs().max()))
+    return 2 * max(differences)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_i1_ratio_one_is_plain_prefill(gpu_case: Case, seed: int) -> None:
+    ids = gpu_case.ids(gpu_case.prompt(seed))
+    plain = gpu_case.plain_logits(ids).float()
+    allowed = noise(gpu_case, ids)
+    assert float((gpu_case.logits(ids, recompute_ratio=1.0) - plain).abs().max()) <= allowed
+    assert float((gpu_case.logits(ids, recompute_ratio=0.0) - plain).abs().max()) > allowed
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_i7_same_prompt_same_tokens(gpu_case: Case, policy: str) -> None:
+    prompt = gpu_case.prompt(4)
+    answers = [gpu_case.engine.generate(prompt, max_tokens=8, blend={"policy": policy}) for _ in range(3)]
+    assert answers[0].stats.decision == "blend"
+    assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
