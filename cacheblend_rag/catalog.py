@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import sqlite3
 import unicodedata
@@ -204,8 +205,8 @@ def _any_word_of(question: str) -> str:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    with _errors_of(path):
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # texts are as private as their KV
+    with _errors_of(path), _exclusively(path.with_suffix(".lock")):
+        _touch(path)  # texts are as private as their KV
         # Autocommit: transactions are opened where they are meant, see _transaction.
         connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
@@ -217,6 +218,21 @@ def _open(path: Path) -> sqlite3.Connection:
             connection.close()
             raise
         return connection
+
+
+@contextlib.contextmanager
+def _exclusively(lock: Path) -> Iterator[None]:
+    """One process at a time: SQLite does not wait for others where it changes a new file to WAL, it fails at once."""
+    _touch(lock)
+    with lock.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _touch(path: Path) -> None:
+    # Only a new file is opened: closing one that SQLite has open would drop the locks it holds (POSIX).
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _create_schema(path: Path, connection: sqlite3.Connection) -> None:
