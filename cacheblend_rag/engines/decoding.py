@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import (
@@ -51,7 +53,8 @@ class Sampler:
         if self._greedy:
             token = int(logits.argmax())
         else:
-            probabilities = self._warpers(_NO_HISTORY, logits[None]).softmax(dim=-1)
+            scores = cast(torch.FloatTensor, logits[None])  # some releases of transformers ask for this type
+            probabilities = self._warpers(_NO_HISTORY, scores).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         if self._logprobs is None:
             return token, None
