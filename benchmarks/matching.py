@@ -111,7 +111,7 @@ def key_of(chunk: np.ndarray) -> str:
 def indexed(corpus: dict[str, np.ndarray]) -> Iterator[IndexedChunk]:
     """Chunks with their anchors."""
     for key, chunk in corpus.items():
-        yield IndexedChunk(key, len(chunk), sample_anchors(chunk))
+        yield IndexedChunk(key, sample_anchors(chunk))
 
 
 def made_up(rng: np.random.Generator, count: int) -> Iterator[IndexedChunk]:
@@ -119,7 +119,7 @@ def made_up(rng: np.random.Generator, count: int) -> Iterator[IndexedChunk]:
     offsets = np.linspace(0, 496, 59, dtype=np.int32)
     for _ in range(count):
         hashes = rng.integers(0, 2**64, len(offsets), np.uint64)
-        yield IndexedChunk(rng.bytes(16).hex(), 512, Anchors(hashes, offsets))
+        yield IndexedChunk(rng.bytes(16).hex(), Anchors(hashes, offsets))
 
 
 def filled(batches: Iterable[Iterable[IndexedChunk]]) -> tuple[AnchorIndex, float]:

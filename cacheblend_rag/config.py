@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.validation import is_number, is_whole
 
 Mode = Literal["auto", "blend", "off"]
 
@@ -36,19 +37,15 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         ratio = self.recompute_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        if not is_number(ratio) or not 0 <= ratio <= 1:
             raise ConfigError(f"recompute_ratio must be a number in [0, 1], not {ratio!r}")
         layers = tuple(self.check_layers)
-        if not layers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
+        if not layers or any(not is_whole(n) or n < 0 for n in layers):
             raise ConfigError(f"check_layers must be layer numbers from 0, at least one, not {self.check_layers!r}")
         if sorted(set(layers)) != list(layers):
             raise ConfigError(f"check_layers must be ascending without repeats, not {self.check_layers!r}")
         object.__setattr__(self, "check_layers", layers)
-        if (
-            isinstance(self.min_reused_tokens, bool)
-            or not isinstance(self.min_reused_tokens, int)
-            or self.min_reused_tokens < 0
-        ):
+        if not is_whole(self.min_reused_tokens) or self.min_reused_tokens < 0:
             raise ConfigError(
                 f"min_reused_tokens must be a whole number of tokens from 0, not {self.min_reused_tokens!r}"
             )

@@ -258,7 +258,14 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path: Path, options: list[str],
         lines = ("".join(rng.choices("abcdefgh", k=60)) for _ in range(10))
         (corpus / f"{number:02}.txt").write_text("\n".join(lines))
     command = [sys.executable, "-m", "cacheblend_rag.cli", "ingest", corpus, *options, "--chunk-tokens", "61"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, these tests among them perhaps, ignore SIGINT, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while len(chunk_files(store)) < 25:
         assert process.poll() is None and time.monotonic() < deadline

@@ -37,7 +37,7 @@ def corpus_of(chunks: Iterable) -> Corpus:
 
 
 def indexed(corpus: Corpus) -> list[IndexedChunk]:
-    return [IndexedChunk(key, len(tokens), sample_anchors(tokens)) for key, tokens in corpus.items()]
+    return [IndexedChunk(key, sample_anchors(tokens)) for key, tokens in corpus.items()]
 
 
 def index_of(corpus: Corpus) -> AnchorIndex:
@@ -324,7 +324,7 @@ def test_the_last_token_is_left_to_compute():
 def test_chunks_too_short_to_be_found_do_no_harm(tokens):
     index = AnchorIndex()
     for value in range(50):
-        index.add([IndexedChunk(f"{value:032x}", tokens, sample_anchors(np.full(tokens, value, np.int32)))])
+        index.add([IndexedChunk(f"{value:032x}", sample_anchors(np.full(tokens, value, np.int32)))])
     assert len(index) == 50 and f"{7:032x}" in index
     assert index.match(np.zeros(100, np.int32), lambda key: np.zeros(tokens, np.int32)) == []
 
@@ -344,7 +344,7 @@ def test_keys_are_kept_to_the_last_digit():
 def test_other_keys_are_refused(key):
     index = AnchorIndex()
     with pytest.raises(ValueError, match="32 lower-case hex digits"):
-        index.add([IndexedChunk(key, 0, sample_anchors(ids([])))])
+        index.add([IndexedChunk(key, sample_anchors(ids([])))])
     assert key not in index and len(index) == 0
     index.discard(key)
     assert 5 not in index

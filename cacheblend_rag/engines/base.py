@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
+from cacheblend_rag.validation import is_number, is_whole
 
 if TYPE_CHECKING:
     from cacheblend_rag.chunks import ChunkScope
@@ -49,26 +50,18 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         if any(not isinstance(text, str) or not text for text in stop):
             raise ConfigError(f"stop must be non-empty strings, not {self.stop!r}")
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+        if not is_whole(self.max_tokens) or self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
-        if not _is_number(self.temperature) or self.temperature < 0:
+        if not is_number(self.temperature) or self.temperature < 0:
             raise ConfigError(f"temperature must be a number from 0, not {self.temperature!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be a number in (0, 1], not {self.top_p!r}")
-        if not _is_int(self.top_k) or self.top_k < -1:
+        if not is_whole(self.top_k) or self.top_k < -1:
             raise ConfigError(f"top_k must be a whole number from -1, not {self.top_k!r}")
-        if self.seed is not None and not _is_int(self.seed):
+        if self.seed is not None and not is_whole(self.seed):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
-        if self.logprobs is not None and (not _is_int(self.logprobs) or self.logprobs < 0):
+        if self.logprobs is not None and (not is_whole(self.logprobs) or self.logprobs < 0):
             raise ConfigError(f"logprobs must be a whole number from 0, not {self.logprobs!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Engine(abc.ABC):

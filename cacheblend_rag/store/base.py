@@ -37,12 +37,10 @@ class IndexedChunk:
 
     Attributes:
         key: The chunk's key.
-        tokens: Its length in tokens.
         anchors: Its sampled k-grams.
     """
 
     key: str
-    tokens: int
     anchors: Anchors
 
 

@@ -204,13 +204,11 @@ class Manifest:
 
         def read(db: sqlite3.Connection) -> list[tuple[int, IndexedChunk]]:
             rows = db.execute(
-                "SELECT seq, key, tokens, anchors FROM chunks WHERE scope = ? AND seq > ? ORDER BY seq",
+                "SELECT seq, key, anchors FROM chunks WHERE scope = ? AND seq > ? ORDER BY seq",
                 (scope_digest, cursor),
             ).fetchall()
             with _decoding("an anchor row"):
-                return [
-                    (seq, IndexedChunk(key, tokens, Anchors.from_bytes(anchors))) for seq, key, tokens, anchors in rows
-                ]
+                return [(seq, IndexedChunk(key, Anchors.from_bytes(anchors))) for seq, key, anchors in rows]
 
         rows = self._run(read)
         return (rows[-1][0] if rows else cursor), [chunk for _, chunk in rows]

@@ -104,7 +104,7 @@ class MemoryStore:
             now = self._seq
             added = [e for e in self._entries.values() if e.seq > cursor and e.scope_digest == scope_digest]
         added.sort(key=lambda entry: entry.seq)
-        return now, [IndexedChunk(e.chunk.key, len(e.chunk.ids), sample_anchors(e.chunk.ids)) for e in added]
+        return now, [IndexedChunk(e.chunk.key, sample_anchors(e.chunk.ids)) for e in added]
 
     def close(self) -> None:
         """Forget everything."""
