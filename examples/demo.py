@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--embeddings", help="sentence-transformers model: directory or hub id (default: all-MiniLM-L6-v2)"
     )
-    parser.add_argument("--questions", type=int, default=5, help="how many to ask")
+    parser.add_argument("--questions", type=int, default=4, help="how many to ask")
     parser.add_argument("--passages", type=int, default=12, help="how many to retrieve for each")
     parser.add_argument("--models", type=Path, default=Path(".models"), help="where fetched models are kept")
     parser.add_argument("--work", type=Path, default=Path(".demo"), help="where index, chunk KV and the picture go")
@@ -80,9 +80,9 @@ def run(model: str, embeddings: str, work: Path, questions: int, passages: int) 
 
     asked = pick_questions(questions)
     pairs = []
-    with console.status("Warming up"):
-        ask(full_chain, asked[0]["question"])
-        ask(chain, asked[0]["question"])
+    with console.status("Warming up"):  # what is set up on first use must not count
+        for first_token in (llm.bind(max_tokens=1, blend={"mode": "off"}), llm.bind(max_tokens=1)):
+            ask(inputs | prompt | first_token, asked[0]["question"])
     for number, item in enumerate(asked, start=1):
         with console.status(f"Question {number} of {len(asked)}"):
             full, full_stats = ask(full_chain, item["question"])
