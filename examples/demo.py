@@ -69,7 +69,7 @@ def run(model: str, embeddings: str, work: Path, questions: int, passages: int) 
         {"role": "user", "content": "{context}\n\nQuestion: {question}"},
     ]
     prompt = PromptTemplate.from_template(engine.render_chat(chat))
-    llm = CacheBlendLLM(engine=engine, max_tokens=32)
+    llm = CacheBlendLLM(engine=engine, max_tokens=20)
 
     def joined(documents: list[Any]) -> str:
         return "\n\n".join(document.page_content for document in documents)
