@@ -61,7 +61,7 @@ class BlendForward(Protocol):
         """Run rows through all layers, the prompt's last row among them, and keep their KV.
 
         Returns:
-            float32 ``[vocabulary]``: logits after the last row.
+            float32 ``[vocabulary]``: logits after the last row; empty if the engine computes the last row itself.
         """
 
 
@@ -70,7 +70,7 @@ class BlendResult:
     """What a blend did.
 
     Attributes:
-        logits: float32 ``[vocabulary]``: logits of the first token.
+        logits: float32 ``[vocabulary]``: logits of the first token; empty if the engine computes the last row itself.
         recomputed: int64: the matched positions that were recomputed.
         policy: Who chose them; empty where there was nothing to choose.
         select_seconds: Time to choose.
@@ -90,10 +90,19 @@ def recompute_budget(layout: PromptLayout, ratio: float) -> int:
     return math.floor(round(ratio * len(layout.matched), 6))
 
 
-def blend(forward: BlendForward, layout: PromptLayout, config: BlendConfig) -> BlendResult:
+def blend(
+    forward: BlendForward, layout: PromptLayout, config: BlendConfig, chosen: torch.Tensor | None = None
+) -> BlendResult:
     """Blend one prompt whose cached KV is loaded; afterwards its KV is complete and its first token can be chosen.
 
     Without segments this is plain prefill of everything after the prefix.
+
+    Args:
+        forward: The prompt inside the engine.
+        layout: Where the KV of its positions comes from.
+        config: The request's settings.
+        chosen: Matched positions (int64, ascending) to recompute, where that has been decided before. None: the policy
+            chooses.
 
     Raises:
         PolicyError: the policy returned positions that it may not return.
@@ -101,7 +110,9 @@ def blend(forward: BlendForward, layout: PromptLayout, config: BlendConfig) -> B
     started = time.perf_counter()
     budget = recompute_budget(layout, config.recompute_ratio)
     policy_name = ""
-    if budget == len(layout.matched):
+    if chosen is not None:
+        pass
+    elif budget == len(layout.matched):
         chosen = layout.matched
     elif budget == 0:
         chosen = layout.matched[:0]

@@ -22,7 +22,8 @@ class PromptLayout:
     Attributes:
         length: Tokens in the prompt.
         prefix: Positions ``0 .. prefix - 1`` have exact KV: the same tokens were read at the same positions.
-        prefix_segments: Runs of chunks inside the prefix; what stands before them is the primer.
+        prefix_segments: Runs of chunks that stand just where they stood when they were prefilled, so that their KV is
+            exact: inside the prefix, or after it where the engine computes what is before them.
         segments: Matched runs after the prefix, in order, disjoint. Their cached KV is approximate.
         matched: int64, ascending: the positions in ``segments``.
         missed: int64, ascending: the positions after the prefix that no segment covers. Always recomputed.
@@ -40,22 +41,24 @@ class PromptLayout:
         cls, length: int, segments: Sequence[Segment] = (), *, prefix: int = 0, prefix_segments: Sequence[Segment] = ()
     ) -> PromptLayout:
         """Lay out a prompt; see the attributes."""
-        is_matched = torch.zeros(length, dtype=torch.bool)
+        is_matched, is_exact = torch.zeros(2, length, dtype=torch.bool)
+        is_exact[:prefix] = True
+        for segment in prefix_segments:
+            is_exact[segment.start : segment.end] = True
         for segment in segments:
             is_matched[segment.start : segment.end] = True
-        missed = (~is_matched).nonzero().flatten()
         return cls(
             length,
             prefix,
             tuple(prefix_segments),
             tuple(segments),
             is_matched.nonzero().flatten(),
-            missed[missed >= prefix],
+            (~is_matched & ~is_exact).nonzero().flatten(),
         )
 
     @classmethod
     def of_prompt(cls, prompt_ids: TokenIds, segments: Sequence[Segment], primer_ids: TokenIds) -> PromptLayout:
-        """Lay out a prompt whose matches are known.
+        """Lay out a prompt whose matches are known, for an engine that keeps the primer's KV.
 
         A prompt that begins with the primer has exact KV there. Where the whole primer is followed by the head of a
         chunk, the chunk stands just where it stood when it was prefilled: it is exact too.
@@ -65,19 +68,28 @@ class PromptLayout:
             segments: Matched runs, in order, disjoint, the last token in none.
             primer_ids: int32: what chunks were prefilled behind.
         """
-        length = len(prompt_ids)
-        common = min(length - 1, len(primer_ids))
-        differs = np.flatnonzero(prompt_ids[:common] != primer_ids[:common])
-        prefix = int(differs[0]) if len(differs) else common
-        prefix_segments: list[Segment] = []
-        if prefix == len(primer_ids):
-            prefix_segments = [s for s in segments if s.start == prefix and s.offset == 0]
-        if prefix_segments:
-            prefix = prefix_segments[0].end
+        prefix = _common_length(prompt_ids[:-1], primer_ids)
+        exact = _behind_primer(prefix, segments, primer_ids)
+        if exact is not None:
+            prefix = exact.end
         if prefix < MIN_PREFIX:
-            prefix, prefix_segments = 0, []
+            prefix, exact = 0, None
         after = [_cut(s, prefix) for s in segments if s.end > prefix]
-        return cls.build(length, after, prefix=prefix, prefix_segments=prefix_segments)
+        return cls.build(len(prompt_ids), after, prefix=prefix, prefix_segments=[exact] if exact else [])
+
+    @classmethod
+    def after_hit(
+        cls, prompt_ids: TokenIds, segments: Sequence[Segment], primer_ids: TokenIds, hit: int
+    ) -> PromptLayout:
+        """Lay out a prompt whose first ``hit`` tokens are in the engine's prefix cache; otherwise :meth:`of_prompt`.
+
+        The primer is computed like any other text where it isn't in the cache; a chunk right behind it is exact.
+        """
+        exact = _behind_primer(_common_length(prompt_ids[:-1], primer_ids), segments, primer_ids)
+        kept = [_cut(exact, hit)] if exact is not None and exact.end > hit else []
+        first = kept[0].end if kept else hit
+        after = [_cut(s, first) for s in segments if s.end > first]
+        return cls.build(len(prompt_ids), after, prefix=hit, prefix_segments=kept)
 
     def without_segments(self) -> PromptLayout:
         """The same prompt when only its exact prefix is reused."""
@@ -87,6 +99,20 @@ class PromptLayout:
     def question_start(self) -> int:
         """First position of the question: the unmatched tail after the last segment."""
         return self.segments[-1].end if self.segments else self.prefix
+
+
+def _common_length(prompt_ids: TokenIds, primer_ids: TokenIds) -> int:
+    """How many tokens of the primer the prompt begins with."""
+    common = min(len(prompt_ids), len(primer_ids))
+    differs = np.flatnonzero(prompt_ids[:common] != primer_ids[:common])
+    return int(differs[0]) if len(differs) else common
+
+
+def _behind_primer(common: int, segments: Sequence[Segment], primer_ids: TokenIds) -> Segment | None:
+    """The run of a chunk's head right behind the whole primer, of which ``common`` tokens begin the prompt."""
+    if common < len(primer_ids):
+        return None
+    return next((s for s in segments if s.start == common and s.offset == 0), None)
 
 
 def _cut(segment: Segment, start: int) -> Segment:

@@ -13,6 +13,8 @@ from cacheblend_rag.errors import ConfigError
 if TYPE_CHECKING:
     from cacheblend_rag.store import ChunkStore
 
+_ENGINES = ("transformers", "vllm", "server")
+
 
 def load_engine(
     model: str | os.PathLike[str],
@@ -31,7 +33,8 @@ def load_engine(
 
     Args:
         model: Directory or hub id of a causal language model.
-        engine: What runs it: ``"transformers"``, in this process.
+        engine: What runs it: ``"transformers"``, in this process; ``"vllm"``, vLLM's engine in this process;
+            ``"server"``, a vLLM server at ``base_url``.
         store: Where chunk KV is kept: a directory, an open store (see ``cacheblend_rag.store.open_store`` for size
             limits), or None for memory only. The engine closes it.
         blend: Defaults of every request.
@@ -42,31 +45,50 @@ def load_engine(
             prefix that all prompts begin with to have that prefix, and the first chunk, reused exactly. Another primer,
             other chunks.
         namespace: Tenant: chunks of one namespace are never found from another.
-        base_url: Address of a server; the transformers engine has none.
-        engine_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
+        base_url: Address of the server, such as ``"http://localhost:8000/v1"``. It has loaded model, store and primer
+            itself: what is given here of them must be what it has, or None.
+        engine_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``, of ``vllm.EngineArgs`` (and
+            ``on_unsupported="prefill"``), or of ``openai.OpenAI`` (``api_key``, ``timeout``, ``max_retries``).
 
     Raises:
         ConfigError: a bad setting, or no such model.
         UnsupportedModelError: the model can't be blended.
         StoreError: the store can't be opened.
     """
-    if engine != "transformers":
-        raise ConfigError(f"unknown engine {engine!r}: known is transformers")
+    if engine not in _ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}: known are {', '.join(_ENGINES)}")
+    if engine == "server":
+        from cacheblend_rag.engines.server import ServerEngine
+
+        if base_url is None:
+            raise ConfigError('engine "server" needs base_url, such as "http://localhost:8000/v1"')
+        for name, value in {"store": store, "primer": primer}.items():
+            if value is not None:
+                raise ConfigError(f"{name} is the server's to set, where it is started: leave it out")
+        for name, value, default in (("dtype", dtype, "auto"), ("device", device, "auto")):
+            if value != default:
+                raise ConfigError(f"{name} is the server's to set, where it is started: leave it out")
+        return ServerEngine(
+            os.fspath(model), base_url=base_url, blend=blend, namespace=namespace, client_args=engine_args or {}
+        )
     if base_url is not None:
-        raise ConfigError(
-            "base_url is the address of a server, but the transformers engine runs in this process: leave it out"
+        raise ConfigError(f"base_url is the address of a server, but the {engine} engine runs here: leave it out")
+    settings: dict[str, Any] = {
+        "blend": blend or BlendConfig(),
+        "dtype": dtype,
+        "device": device,
+        "primer": primer,
+        "namespace": namespace,
+        "engine_args": engine_args or {},
+    }
+    if engine == "vllm":
+        from cacheblend_rag.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            os.fspath(model), store=os.fspath(store) if isinstance(store, os.PathLike) else store, **settings
         )
     from cacheblend_rag.engines.transformers import TransformersEngine
     from cacheblend_rag.store import open_store
 
     chunk_store = open_store(store) if store is None or isinstance(store, str | os.PathLike) else store
-    return TransformersEngine(
-        os.fspath(model),
-        store=chunk_store,
-        blend=blend or BlendConfig(),
-        dtype=dtype,
-        device=device,
-        primer=primer,
-        namespace=namespace,
-        engine_args=engine_args or {},
-    )
+    return TransformersEngine(os.fspath(model), store=chunk_store, **settings)

@@ -8,6 +8,7 @@ ones; what is exact is a mask by position. It is built once a forward pass, in b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -102,16 +103,42 @@ def attend_and_watch(
     """
     _, heads, rows, head_dim = query.shape
     kv_heads, tokens = key.shape[1:3]
-    # Before the first row's position nothing is hidden: only the last few columns need a mask.
-    first = int(positions[0])
-    hidden = torch.arange(first, tokens, device=key.device) > positions[:, None]
-    grouped = (query[0] * scale).reshape(kv_heads, -1, head_dim)
-    out = torch.empty_like(grouped)
+    out = query.new_empty(kv_heads, heads // kv_heads * rows, head_dim)
     mass = torch.zeros(tokens, dtype=torch.float32, device=key.device)
-    for kv_head, group in enumerate(grouped):  # one at a time: probabilities take [heads / kv_heads * rows, tokens]
-        logits = (group @ key[0, kv_head].T).float()
-        logits.view(-1, rows, tokens)[..., first:].masked_fill_(hidden, float("-inf"))
-        probabilities = logits.softmax(dim=-1)
+    for kv_head, probabilities in enumerate(_probabilities(query, key, positions, scale)):
         mass += probabilities.sum(dim=0)
         out[kv_head] = probabilities.to(value.dtype) @ value[0, kv_head]
     return out.view(query.shape), mass / (heads * rows)
+
+
+def watch(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
+    """Where a few rows look, for an engine that computes their attention itself.
+
+    Args:
+        query: ``[1, heads, rows, head_dim]``.
+        key: ``[1, kv_heads, tokens, head_dim]`` for positions 0 .. tokens - 1.
+        positions: int64 ``[rows]``, ascending: the rows' positions.
+        scale: Factor of the logits.
+
+    Returns:
+        float32 ``[tokens]``: attention probability that each token gets, mean over heads and rows.
+    """
+    mass = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
+    for probabilities in _probabilities(query, key, positions, scale):
+        mass += probabilities.sum(dim=0)
+    return mass / (query.shape[1] * query.shape[2])
+
+
+def _probabilities(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, scale: float
+) -> Iterator[torch.Tensor]:
+    """Attention probabilities, float32 ``[heads / kv_heads * rows, tokens]``, one KV head after the other."""
+    rows, head_dim = query.shape[2:]
+    kv_heads, tokens = key.shape[1:3]
+    # Before the first row's position nothing is hidden: only the last few columns need a mask.
+    first = int(positions[0])
+    hidden = torch.arange(first, tokens, device=key.device) > positions[:, None]
+    for kv_head, group in enumerate((query[0] * scale).reshape(kv_heads, -1, head_dim)):
+        logits = (group @ key[0, kv_head].T).float()
+        logits.view(-1, rows, tokens)[..., first:].masked_fill_(hidden, float("-inf"))
+        yield logits.softmax(dim=-1)

@@ -6,10 +6,12 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
+
+import numpy as np
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.errors import ConfigError, PromptTooLongError
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
 from cacheblend_rag.validation import is_number, is_whole
 
@@ -71,12 +73,14 @@ class Engine(abc.ABC):
         model_name: What the user called the model.
         blend: The settings that calls override.
         context_window: Most tokens of prompt plus answer.
+        num_layers: Layers of the model.
         scope: Namespace, model and primer: which stored chunks it may read.
     """
 
     model_name: str
     blend: BlendConfig
     context_window: int
+    num_layers: int
     scope: ChunkScope
 
     @abc.abstractmethod
@@ -116,7 +120,6 @@ class Engine(abc.ABC):
         blend: Mapping[str, Any] | BlendConfig | None = None,
         **sampling: Any,
     ) -> list[Generation]: ...
-    @abc.abstractmethod
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -135,15 +138,29 @@ class Engine(abc.ABC):
             ConfigError: a bad setting.
             PromptTooLongError: prompt plus ``max_tokens`` does not fit the context.
         """
+        config, params = self._settings(blend, sampling)
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer)):
+            return self._answer([cast(Prompt, prompt)], config, params)[0]
+        return self._answer(cast(Sequence[Prompt], prompt), config, params)
 
-    @abc.abstractmethod
     def stream(
         self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
     ) -> Iterator[StreamPiece]:
         """Like :meth:`generate` for one prompt, piece by piece; the last piece carries the whole generation.
 
-        Pieces may be taken from different threads, one at a time. A stream that is given up blocks nobody.
+        Settings are checked at the call, the prompt is read at the first piece. Pieces may be taken from different
+        threads, one at a time. A stream that is given up blocks nobody.
         """
+        config, params = self._settings(blend, sampling)
+        return self._pieces(prompt, config, params)
+
+    @abc.abstractmethod
+    def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
+        """Answer each prompt."""
+
+    @abc.abstractmethod
+    def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
+        """Answer a prompt piece by piece."""
 
     @abc.abstractmethod
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -160,6 +177,32 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Free the model and close the store; closing twice does nothing."""
+
+    def _settings(
+        self, blend: Mapping[str, Any] | BlendConfig | None, sampling: dict[str, Any]
+    ) -> tuple[BlendConfig, SamplingParams]:
+        config = blend if isinstance(blend, BlendConfig) else self.blend.with_overrides(blend)
+        self._check_layers(config)
+        known = [field.name for field in dataclasses.fields(SamplingParams)]
+        for name in sampling:
+            if name not in known:
+                raise ConfigError(f"unknown sampling setting {name!r}: known are {', '.join(known)}")
+        return config, SamplingParams(**sampling)
+
+    def _check_layers(self, config: BlendConfig) -> None:
+        if config.check_layers[-1] >= self.num_layers:
+            raise ConfigError(
+                f"check_layers {config.check_layers} must be below {self.num_layers}, the layers of this model"
+            )
+
+    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+        if prompt_tokens == 0:
+            raise ConfigError("the prompt has no tokens")
+        if prompt_tokens + max_tokens > self.context_window:
+            raise PromptTooLongError(
+                f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, but the model's context is "
+                f"{self.context_window}: shorten the prompt or lower max_tokens"
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,13 @@ _IRRELEVANT = ("_name_or_path", "_model_name_or_path", "transformers_version", "
 
 
 def fingerprint_model(
-    name: str, directory: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, dtype: str
+    name: str,
+    directory: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: str,
+    *,
+    overrides: str = "",
 ) -> ModelFingerprint:
     """The fingerprint of a model in a directory.
 
@@ -27,12 +33,13 @@ def fingerprint_model(
         config: Its config, RoPE parameters included.
         tokenizer: Its tokenizer.
         dtype: Dtype of the computation, such as ``"bfloat16"``.
+        overrides: What the engine changes of the model besides, such as quantising it on loading; empty for nothing.
     """
     fields = {field: value for field, value in config.to_dict().items() if field not in _IRRELEVANT}
     return ModelFingerprint(
         name=name,
         weights=_digest_weights(directory),
-        config=_digest(json.dumps(fields, sort_keys=True, default=str)),
+        config=_digest(json.dumps(fields, sort_keys=True, default=str) + overrides),
         tokenizer=_digest(tokenizer.backend_tokenizer.to_str()),
         dtype=dtype,
     )

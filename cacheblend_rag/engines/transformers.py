@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.decoding import Sampler, TextStream
+from cacheblend_rag.engines.model_files import tokenize_chunk, tokenize_prompt
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import PromptReader
-from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError
+from cacheblend_rag.errors import ChunkTooLongError, ConfigError
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
@@ -57,8 +57,9 @@ class TransformersEngine(Engine):
         self._lock = threading.Lock()
         self._loaded: LoadedModel = load_model(model, dtype=dtype, device=device, model_args=dict(engine_args))
         self.context_window = self._loaded.context_window
+        self.num_layers = self._loaded.kv_shape[0]
         self._check_layers(blend)
-        primer_ids = self._tokenize(DEFAULT_PRIMER if primer is None else primer)
+        primer_ids = tokenize_prompt(self._loaded.tokenizer, DEFAULT_PRIMER if primer is None else primer)
         self._chunk_room = self._loaded.full_attention_tokens - len(primer_ids)
         if self._chunk_room < 1:
             raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
@@ -82,7 +83,7 @@ class TransformersEngine(Engine):
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. A text without tokens has nothing to store and counts as already there."""
         started = time.perf_counter()
-        encoded = [self._tokenize_chunk(text) for text in chunks]
+        encoded = [tokenize_chunk(self._loaded.tokenizer, text) for text in chunks]
         for index, ids in enumerate(encoded):
             if len(ids) > self._chunk_room:
                 raise ChunkTooLongError(
@@ -103,27 +104,7 @@ class TransformersEngine(Engine):
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
-        return sum(self.library.evict(self._tokenize_chunk(text)) for text in chunks)
-
-    def generate(  # type: ignore[override]  # the overloads of the base class describe it
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        *,
-        blend: Mapping[str, Any] | BlendConfig | None = None,
-        **sampling: Any,
-    ) -> Generation | list[Generation]:
-        """See :meth:`Engine.generate`. The prompts of a list are answered one after the other: only one holds KV."""
-        config, params = self._settings(blend, sampling)
-        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer)):
-            return self._answer(cast(Prompt, prompt), config, params)
-        return [self._answer(one, config, params) for one in cast(Sequence[Prompt], prompt)]
-
-    def stream(
-        self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
-    ) -> Iterator[StreamPiece]:
-        """See :meth:`Engine.stream`. Settings are checked at the call, the prompt is read at the first piece."""
-        config, params = self._settings(blend, sampling)
-        return self._pieces(prompt, config, params)
+        return sum(self.library.evict(tokenize_chunk(self._loaded.tokenizer, text)) for text in chunks)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """See :meth:`Engine.render_chat`."""
@@ -134,7 +115,7 @@ class TransformersEngine(Engine):
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""
-        return len(self._tokenize_chunk(text))
+        return len(tokenize_chunk(self._loaded.tokenizer, text))
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
@@ -143,58 +124,29 @@ class TransformersEngine(Engine):
         self.__dict__.pop("_loaded", None)
         self.__dict__.pop("_reader", None)
 
-    def _tokenize(self, text: str) -> TokenIds:
-        """As without this package: with special tokens, but no second BOS before that of a rendered chat template."""
-        bos = self._loaded.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
-        return np.asarray(self._loaded.tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
-
-    def _tokenize_chunk(self, text: str) -> TokenIds:
-        return np.asarray(self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-
     def _prompt_ids(self, prompt: Prompt) -> TokenIds:
         if isinstance(prompt, str):
-            ids = self._tokenize(prompt)
-        else:
-            ids = np.asarray(prompt, np.int32)
-            vocabulary = self._loaded.model.config.vocab_size
-            if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-                raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}")
-        if len(ids) == 0:
-            raise ConfigError("the prompt has no tokens")
+            return tokenize_prompt(self._loaded.tokenizer, prompt)
+        ids = np.asarray(prompt, np.int32)
+        vocabulary = self._loaded.model.config.vocab_size
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+            raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}")
         return ids
 
-    def _settings(
-        self, blend: Mapping[str, Any] | BlendConfig | None, sampling: dict[str, Any]
-    ) -> tuple[BlendConfig, SamplingParams]:
-        config = blend if isinstance(blend, BlendConfig) else self.blend.with_overrides(blend)
-        self._check_layers(config)
-        known = [field.name for field in dataclasses.fields(SamplingParams)]
-        for name in sampling:
-            if name not in known:
-                raise ConfigError(f"unknown sampling setting {name!r}: known are {', '.join(known)}")
-        return config, SamplingParams(**sampling)
-
-    def _check_layers(self, config: BlendConfig) -> None:
-        layers = self._loaded.kv_shape[0]
-        if config.check_layers[-1] >= layers:
-            raise ConfigError(f"check_layers {config.check_layers} must be below {layers}, the layers of this model")
-
-    def _answer(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Generation:
-        for piece in self._pieces(prompt, config, params):
-            if piece.generation is not None:
-                return piece.generation
-        raise AssertionError("a stream ends with a generation")
+    def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
+        """The prompts are answered one after the other: only one holds KV."""
+        answers = []
+        for prompt in prompts:
+            *_, last = self._pieces(prompt, config, params)
+            assert last.generation is not None  # a stream ends with one
+            answers.append(last.generation)
+        return answers
 
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
         started = time.perf_counter()
         ids = self._prompt_ids(prompt)
+        self._check_length(len(ids), params.max_tokens)
         total = len(ids) + params.max_tokens
-        if total > self.context_window:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}, but the model's context is "
-                f"{self.context_window}: shorten the prompt or lower max_tokens"
-            )
         tokenized = time.perf_counter()
         with self._lock:
             prompt_read = self._reader.read_prompt(ids, total, config)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -20,6 +17,7 @@ from transformers import (
 
 from cacheblend_rag.chunks import ModelFingerprint
 from cacheblend_rag.engines.fingerprint import fingerprint_model
+from cacheblend_rag.engines.model_files import first_line, load_config, resolve_model
 from cacheblend_rag.engines.transformers_probe import probe_model
 from cacheblend_rag.errors import ConfigError
 
@@ -71,14 +69,8 @@ def load_model(name: str, *, dtype: str, device: str, model_args: dict[str, Any]
         ConfigError: there is no such model, dtype or device.
         UnsupportedModelError: it can't be blended; the message gives the reason.
     """
-    directory = _resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError("it has no fast tokenizer (tokenizer.json)")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name!r} is not a transformers model: {_first_line(error)}") from error
+    directory = resolve_model(name)
+    config, tokenizer = load_config(name, directory)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **model_args)
@@ -97,28 +89,13 @@ def load_model(name: str, *, dtype: str, device: str, model_args: dict[str, Any]
     )
 
 
-def _resolve(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith((".", "/", "~")):
-        raise ConfigError(f"model directory {name!r} does not exist: give a directory with config.json, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
-    except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise ConfigError(f"model {name!r} is no directory and no hub model in reach: {_first_line(error)}") from error
-
-
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} can't be used: {_first_line(error)}") from error
+        raise ConfigError(f"device {device!r} can't be used: {first_line(error)}") from error
 
 
 def _dtype(dtype: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
@@ -138,7 +115,3 @@ def _rope_limit(config: PreTrainedConfig) -> int | None:
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

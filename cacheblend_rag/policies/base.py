@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 
 class SelectionPolicy(Protocol):
-    """Chooses which matched tokens of a prompt are recomputed."""
+    """Chooses which matched tokens of a prompt are recomputed.
+
+    Attributes:
+        reads_question: Whether the choice depends on what stands after the last chunk. If not, prompts that differ only
+            there may share blended KV.
+    """
+
+    reads_question: bool
 
     def select(
         self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class HKVD:
     """Highest KV deviation first."""
 
+    reads_question = False
+
     def select(
         self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
     ) -> tuple[str, torch.Tensor]:

@@ -30,6 +30,8 @@ MAX_QUESTION_TOKENS = 128
 class QueryAware:
     """Most attended by the question first; ``hkvd`` where no question follows the passages."""
 
+    reads_question = True
+
     def select(
         self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
     ) -> tuple[str, torch.Tensor]:

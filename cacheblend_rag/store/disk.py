@@ -82,7 +82,7 @@ class DiskStore:
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int | None = None) -> None:
         self.directory = Path(directory)
         self.faults = 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._chunks = self.directory / "chunks"
         self._tmp = self.directory / "tmp"
         self._quarantine = self.directory / "quarantine"
@@ -109,7 +109,7 @@ class DiskStore:
         nbytes = sum(len(piece) for piece in pieces)
         if chunk.key in self:
             return 0
-        if self._max_bytes is not None and nbytes > self._max_bytes:
+        if self.max_bytes is not None and nbytes > self.max_bytes:
             _log.warning("chunk %s (%d bytes) is larger than the whole store may be: not stored", chunk.key, nbytes)
             return 0
         temp = self._tmp / uuid.uuid4().hex
@@ -297,7 +297,7 @@ class DiskStore:
 
     def _evict(self) -> None:
         self._flush()
-        max_bytes = self._max_bytes
+        max_bytes = self.max_bytes
         if max_bytes is not None:
             self._manifest.transaction(lambda db: self._delete_files(db, Manifest.least_recently_used(db, max_bytes)))
 

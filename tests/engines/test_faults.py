@@ -18,6 +18,7 @@ from cacheblend_rag import Generation, PolicyError, StoreError, policies
 from cacheblend_rag.blending import BlendForward
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import transformers_reader
+from cacheblend_rag.engines.model_files import tokenize_chunk
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.engines.transformers_forward import PromptForward
 from cacheblend_rag.layout import PromptLayout
@@ -59,7 +60,7 @@ def engine(model: str, store_dir: Path) -> Iterator[TransformersEngine]:
 
 
 def chunk_file(engine: TransformersEngine, store_dir: Path, number: int) -> Path:
-    key = engine.library.scope.key(engine._tokenize_chunk(CHUNKS[number]))
+    key = engine.library.scope.key(tokenize_chunk(engine._loaded.tokenizer, CHUNKS[number]))
     return next(store_dir.rglob(f"{key}.safetensors"))
 
 

@@ -1,0 +1,64 @@
+"""What can be known of a model without loading its weights: where it is, its config, its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+
+from cacheblend_rag.chunks import TokenIds
+from cacheblend_rag.errors import ConfigError
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a model, downloaded if it is a hub id.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ConfigError(f"model directory {name!r} does not exist: give a directory with config.json, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        raise ConfigError(f"model {name!r} is no directory and no hub model in reach: {first_line(error)}") from error
+
+
+def load_config(name: str, directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
+    """Config and tokenizer of a model.
+
+    Raises:
+        ConfigError: the directory holds no transformers model with a fast tokenizer.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError("it has no fast tokenizer (tokenizer.json)")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name!r} is not a transformers model: {first_line(error)}") from error
+    return config, tokenizer
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
+    """As without this package: with special tokens, but no second BOS before that of a rendered chat template."""
+    bos = tokenizer.bos_token
+    special = not (bos and text.startswith(bos))
+    return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
+
+
+def tokenize_chunk(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
+    """The tokens of a chunk: those of its text and no others."""
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,282 @@
+"""vLLM in this process: its own engine, with the connector that blends."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engines import wire
+from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
+from cacheblend_rag.engines.model_files import first_line, load_config, resolve_model, tokenize_chunk, tokenize_prompt
+from cacheblend_rag.engines.vllm_thread import EngineThread, Output
+from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError
+from cacheblend_rag.primer import DEFAULT_PRIMER
+from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
+from cacheblend_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore
+from cacheblend_rag.vllm.compat import check_version
+from cacheblend_rag.vllm.plugin import CONNECTOR, register
+from cacheblend_rag.vllm.settings import ConnectorSettings
+from cacheblend_rag.vllm.support import check_supported
+
+_WARM_AT_ONCE = 256  # warm requests that wait in vLLM at a time
+
+
+class VllmEngine(Engine):
+    """See :class:`~cacheblend_rag.engines.base.Engine`; made by :func:`cacheblend_rag.load_engine`.
+
+    Threads may share it: their requests join the same batches.
+
+    Attributes:
+        counts: How often each decision was taken, and the faults survived: ``chunk_fault`` (a matched chunk could not
+            be read).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        store: ChunkStore | str | None,
+        blend: BlendConfig,
+        dtype: str,
+        device: str,
+        primer: str | None,
+        namespace: str,
+        engine_args: Mapping[str, Any],
+    ) -> None:
+        check_version()
+        register()
+        self.model_name = model
+        self.blend = blend
+        self.counts: Counter[str] = Counter()
+        _, self._tokenizer = load_config(model, resolve_model(model))
+        arguments = dict(engine_args)
+        settings = ConnectorSettings.parse(
+            {
+                **_store_settings(store),
+                "namespace": namespace,
+                "primer": DEFAULT_PRIMER if primer is None else primer,
+                "on_unsupported": arguments.pop("on_unsupported", "refuse"),
+            }
+        )
+        self._thread = EngineThread(lambda: _make_engine(model, dtype, device, settings, arguments))
+        self._numbers = itertools.count()
+        self._name = uuid.uuid4().hex
+        config = self._thread.engine.vllm_config.model_config
+        self.context_window = config.max_model_len
+        self._vocabulary: int = config.get_vocab_size()
+        description = self._ask("describe", True)
+        self.num_layers = description["num_layers"]
+        self.scope = wire.parse_scope(description)
+        self._check_layers(blend)
+
+    def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
+        """See :meth:`Engine.warm`. Chunks are prefilled in vLLM's own batches."""
+        totals = wire.WarmTotals()
+        encoded = [tokenize_chunk(self._tokenizer, text).tolist() for text in chunks]
+        room = self.context_window - len(self.scope.primer_ids) - 1
+        for index, ids in enumerate(encoded):
+            if len(ids) > room:
+                raise ChunkTooLongError(
+                    f"chunk {index} has {len(ids)} tokens, but only {room} fit the model's context behind the primer: "
+                    "split it into smaller chunks"
+                )
+        new = [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
+        done = len(encoded) - len(new)
+        totals.add_known(done)
+        for first in range(0, len(new), _WARM_AT_ONCE):
+            for answer in self._ask_all("warm", new[first : first + _WARM_AT_ONCE]):
+                totals.add(answer)
+                done += 1
+                if progress is not None:
+                    progress(done, len(encoded))
+        return totals.report()
+
+    def evict(self, chunks: Sequence[str]) -> int:
+        """See :meth:`Engine.evict`."""
+        encoded = [tokenize_chunk(self._tokenizer, text).tolist() for text in chunks]
+        return sum(answer["evicted"] for answer in self._ask_all("evict", [ids for ids in encoded if ids]))
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """See :meth:`Engine.render_chat`."""
+        if not self._tokenizer.chat_template:
+            raise ConfigError(f"model {self.model_name!r} has no chat template: write the prompt as plain text")
+        conversation = [dict(message) for message in messages]
+        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+
+    def count_tokens(self, text: str) -> int:
+        """See :meth:`Engine.count_tokens`."""
+        return len(tokenize_chunk(self._tokenizer, text))
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        self._thread.close()
+
+    def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
+        """All prompts wait in vLLM together: it batches them."""
+        streams = [self._begin(prompt, config, params) for prompt in prompts]
+        answers = []
+        for stream in streams:
+            *_, last = stream
+            assert last.generation is not None  # a stream ends with one
+            answers.append(last.generation)
+        return answers
+
+    def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
+        yield from self._begin(prompt, config, params)
+
+    def _begin(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
+        """Send a prompt to vLLM at once; its pieces come later."""
+        started = time.perf_counter()
+        ids = self._prompt_ids(prompt)
+        self._check_length(len(ids), params.max_tokens)
+        tokenized = time.perf_counter() - started
+        request_id = self._new_id()
+        outputs = self._send(request_id, ids, params, wire.blend_params(config, request_id))
+        return self._collect(request_id, len(ids), outputs, params, started, tokenized)
+
+    def _collect(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        outputs: Iterator[Output],
+        params: SamplingParams,
+        started: float,
+        tokenized: float,
+    ) -> Iterator[StreamPiece]:
+        text, token_ids, ttft, answer = "", list[int](), 0.0, None
+        logprobs: list[dict[int, float]] = []
+        finish_reason: FinishReason = "length"
+        for output in outputs:
+            completion = output.value.outputs[0]
+            ttft = ttft or output.at - started
+            text += completion.text
+            token_ids += completion.token_ids
+            for entry in completion.logprobs or []:
+                logprobs.append({token: found.logprob for token, found in entry.items()})
+            if output.value.finished:
+                finish_reason = "stop" if completion.finish_reason == "stop" else "length"
+                answer = output.value.kv_transfer_params
+                last = completion.text
+            elif completion.text:
+                yield StreamPiece(completion.text)
+        # A stop string ends the answer before vLLM's scheduler knows: the stats are asked for then.
+        stats = wire.parse_stats(
+            wire.parse_answer(answer) if answer else self._ask("report", request_id), prompt_tokens
+        )
+        stats.match += tokenized
+        stats.ttft = ttft
+        self.counts[stats.decision] += 1
+        self.counts["chunk_fault"] += stats.faults
+        yield StreamPiece(
+            last,
+            Generation(
+                text=text,
+                token_ids=token_ids,
+                finish_reason=finish_reason,
+                logprobs=logprobs if params.logprobs is not None else None,
+                stats=stats,
+            ),
+        )
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids: list[int] = tokenize_prompt(self._tokenizer, prompt).tolist()
+            return ids
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+            raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {self._vocabulary}")
+        return [int(token) for token in prompt]
+
+    def _ask(self, action: Literal["describe", "report"], value: Any) -> dict[str, Any]:
+        """Ask the connector something, with a prompt that means nothing."""
+        return self._wait_for_answer(self._send_action(action, value, [0]))
+
+    def _ask_all(self, action: Literal["warm", "evict"], chunks: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
+        """Ask the connector to do something with each chunk."""
+        yield from map(self._wait_for_answer, [self._send_action(action, True, ids) for ids in chunks])
+
+    def _send_action(self, action: str, value: Any, ids: list[int]) -> Iterator[Output]:
+        return self._send(self._new_id(), ids, SamplingParams(max_tokens=1), wire.action_params(action, value))
+
+    def _wait_for_answer(self, outputs: Iterator[Output]) -> dict[str, Any]:
+        *_, last = outputs
+        return wire.parse_answer(last.value.kv_transfer_params)
+
+    def _send(self, request_id: str, ids: list[int], params: SamplingParams, extra: dict[str, Any]) -> Iterator[Output]:
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return self._thread.run(
+            request_id,
+            ids,
+            VllmSamplingParams(
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=max(params.top_k, 0),
+                seed=params.seed,
+                stop=list(params.stop),
+                logprobs=params.logprobs,
+                output_kind=RequestOutputKind.DELTA,
+                extra_args={"kv_transfer_params": extra},
+            ),
+        )
+
+    def _new_id(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"
+
+
+def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSettings, arguments: dict[str, Any]) -> Any:
+    """VLLM's engine.
+
+    Raises:
+        ConfigError: vLLM refuses an argument or finds no such model.
+        UnsupportedModelError: the model can't be blended.
+    """
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    if device not in ("auto", current_platform.device_type):
+        raise ConfigError(f"device is {device!r}, but vLLM runs on {current_platform.device_type!r} here: leave it out")
+    try:
+        engine_args = EngineArgs(
+            model=model,
+            dtype=dtype,  # type: ignore[arg-type]  # vLLM checks it
+            kv_transfer_config={
+                "kv_connector": CONNECTOR,
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": settings.to_extra_config(),
+            },
+            **{"max_logprobs": -1, "prefix_caching_hash_algo": "xxhash", "disable_log_stats": True, **arguments},
+        )
+        vllm_config = engine_args.create_engine_config()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM can't be set up for {model!r}: {first_line(error)}") from error
+    if settings.on_unsupported == "refuse":
+        check_supported(vllm_config)
+    try:
+        return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=engine_args.disable_log_stats)
+    except CacheBlendError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise CacheBlendError(f"vLLM can't start with {model!r}: {first_line(error)}") from error
+
+
+def _store_settings(store: ChunkStore | str | None) -> dict[str, Any]:
+    """Where the connector's processes, which may be others than this one, are to open the store."""
+    if store is None or isinstance(store, str):
+        return {"store": store}
+    if isinstance(store, MemoryStore):
+        return {"memory_bytes": store.max_bytes}
+    disk = store.disk if isinstance(store, TieredStore) else store
+    if not isinstance(disk, DiskStore):
+        raise ConfigError(f"the vLLM engine opens its store itself: give a directory instead of {store!r}")
+    memory_bytes = store.memory.max_bytes if isinstance(store, TieredStore) else 0
+    settings = {"store": str(disk.directory), "memory_bytes": memory_bytes, "max_bytes": disk.max_bytes}
+    store.close()
+    return settings

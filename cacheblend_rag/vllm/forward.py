@@ -1,0 +1,223 @@
+"""Partial forward passes of the model that vLLM has loaded, over one prompt in its paged KV cache.
+
+The model's own ``forward`` runs over any rows of the prompt, with attention left to vLLM's backend: each run of
+neighbouring rows is one sequence over the same block table that ends at its last row's position, which makes the
+backend's causal attention exact for it. Hooks on the attention layers watch or stop a pass. Nothing is written per
+architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from cacheblend_rag.attention.rows import watch
+from cacheblend_rag.chunks import ChunkKV
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.rope import rotate_keys, shift_table
+from cacheblend_rag.vllm.model import PagedModel
+
+Hook = Callable[[Any, tuple[torch.Tensor, ...]], None]
+
+
+class _Stop(Exception):
+    """Ends a pass early: what was asked for is known."""
+
+
+class PagedForward:
+    """One prompt in the paged KV cache. See ``blending.BlendForward``.
+
+    Rows are passed to the model in slices of at most ``model.max_rows``, earlier ones first: later rows see the KV that
+    the slices before them wrote, so the result is that of one pass, in bounded memory.
+
+    Args:
+        model: The worker's model.
+        token_ids: int64 ``[tokens]``, the prompt.
+        block_ids: Its block table.
+        exact_tokens: Leading tokens whose KV is in place; their blocks are only read.
+    """
+
+    def __init__(self, model: PagedModel, token_ids: torch.Tensor, block_ids: Sequence[int], exact_tokens: int) -> None:
+        self.num_layers = len(model.layers)
+        self.exact_tokens = exact_tokens
+        self._model = model
+        self._token_ids = token_ids.to(model.kv.device)
+        blocks = -(-len(token_ids) // model.kv.block_size)
+        self._block_ids = torch.tensor(block_ids[:blocks], dtype=torch.int64, device=model.kv.device)
+
+    def place(self, pieces: Sequence[tuple[ChunkKV, Segment]]) -> None:
+        """Write the KV of runs of chunks at their positions, keys shifted there, this rank's heads of it."""
+        model = self._model
+        device = model.kv.device
+        old = torch.cat([torch.arange(s.length, device=device) + (c.start + s.offset) for c, s in pieces])
+        new = torch.cat([torch.arange(s.start, s.end, device=device) for _, s in pieces])
+        shift = shift_table(model.rotary_table(old), model.rotary_table(new))
+        slots = self._slots(new)
+        heads = model.local_heads()
+        sources = [c.kv[:, :, s.offset : s.offset + s.length, heads] for c, s in pieces]
+        for layer in range(self.num_layers):  # one at a time: the float32 copies stay small
+            keys, values = (torch.cat([source[layer, i].to(device) for source in sources]) for i in (0, 1))
+            shifted = torch.empty_like(keys)
+            rotate_keys(keys, shift, out=shifted)
+            model.kv.write(layer, shifted, values, slots)
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """The KV at positions ``start .. end - 1``, this rank's heads: ``[layers, 2, tokens, kv_heads, head_dim]``."""
+        first = start // self._model.kv.block_size
+        blocks = self._block_ids[first : -(-end // self._model.kv.block_size)]
+        wanted = slice(start - first * self._model.kv.block_size, end - first * self._model.kv.block_size)
+        kv = self._model.kv
+        return torch.stack(
+            [
+                torch.stack([kv.read_keys(layer, blocks)[wanted], kv.read_values(layer, blocks)[wanted]])
+                for layer in range(self.num_layers)
+            ]
+        )
+
+    def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :meth:`blending.BlendForward.deviations`. Summed over ranks: all have to choose the same tokens."""
+        found: list[torch.Tensor] = []
+        attention = self._model.layers[layer]
+        kv = self._model.kv
+
+        for part in self._slices(rows):
+
+            def measure(module: Any, args: tuple[torch.Tensor, ...], part: torch.Tensor = part) -> None:
+                key, value = (x.view(-1, kv.num_kv_heads, kv.head_dim) for x in args[1:3])
+                cached = kv.read_values(layer, self._block_ids)[part]
+                found.append((value.float() - cached.float()).square().sum(dim=(1, 2)))
+                kv.write(layer, key, value, self._slots(part))
+                raise _Stop
+
+            with _hooked([attention], before=measure), contextlib.suppress(_Stop):
+                self._run(part)
+        return self._model.tp.all_reduce(torch.cat(found)).cpu()
+
+    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+        """See :meth:`blending.BlendForward.question_attention`. The mean is over all ranks' heads."""
+        model, kv = self._model, self._model.kv
+        mass = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
+        numbers = {id(model.layers[layer]): layer for layer in layers}
+        for part in self._slices(rows):
+            asked = part[part >= int(question[0])]
+            if not len(asked):
+                self._run(part)
+                continue
+            end = int(asked[-1]) + 1
+            blocks = self._block_ids[: -(-end // kv.block_size)]
+
+            def look(
+                module: Any,
+                args: tuple[torch.Tensor, ...],
+                asked: torch.Tensor = asked,
+                end: int = end,
+                blocks: torch.Tensor = blocks,
+            ) -> None:
+                query = args[0].view(-1, module.num_heads, kv.head_dim)[-len(asked) :].transpose(0, 1)
+                layer = numbers[id(module)]
+                keys = kv.read_keys(layer, blocks)[:end].transpose(0, 1)
+                mass[:end] += watch(query[None], keys[None], asked, module.impl.scale) * (len(asked) / len(question))
+                if layer == self.num_layers - 1:
+                    raise _Stop
+
+            with _hooked([model.layers[n] for n in layers], after=look), contextlib.suppress(_Stop):
+                self._run(part)
+        self._extend_exact(rows)
+        return (model.tp.all_reduce(mass) / (model.tp.world_size * len(layers))).cpu()
+
+    def recompute(self, rows: torch.Tensor) -> torch.Tensor:
+        """See :meth:`blending.BlendForward.recompute`. The prompt's last token is left to vLLM's own step."""
+        rows = rows[rows < len(self._token_ids) - 1]
+        for part in self._slices(rows):
+            self._run(part)
+        return torch.empty(0)
+
+    def _run(self, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last layer, ``[rows, hidden_size]``."""
+        return run_rows(self._model, self._token_ids[rows], rows, rows, self._block_ids)
+
+    def _slices(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        return iter(rows.to(self._model.kv.device).split(self._model.max_rows)) if len(rows) else iter(())
+
+    def _slots(self, positions: torch.Tensor) -> torch.Tensor:
+        return slot_mapping(positions, self._block_ids, self._model.kv.block_size)
+
+    def _extend_exact(self, rows: torch.Tensor) -> None:
+        """Rows that follow the exact tokens without a gap have become exact."""
+        following = rows[rows >= self.exact_tokens]
+        in_order = following == torch.arange(self.exact_tokens, self.exact_tokens + len(following))
+        self.exact_tokens += int(in_order.long().cumprod(0).sum())
+
+
+def run_rows(
+    model: PagedModel, token_ids: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, block_ids: torch.Tensor
+) -> torch.Tensor:
+    """One forward pass of the model over some rows of a sequence, whose KV it writes.
+
+    Args:
+        model: The worker's model.
+        token_ids: int64 ``[rows]``.
+        rows: int64 ``[rows]``, ascending: places in the block table; a row sees the places up to its own.
+        positions: int64 ``[rows]``: what RoPE is told.
+        block_ids: int64 ``[blocks]``: the sequence's block table.
+
+    Returns:
+        Hidden states after the last layer, ``[rows, hidden_size]``.
+    """
+    places = rows.cpu()
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), (places[1:] != places[:-1] + 1).nonzero().flatten() + 1])
+    bounds = torch.cat([starts, torch.tensor([len(places)])]).to(torch.int32)
+    ends = (places[bounds[1:].long() - 1] + 1).to(torch.int32)
+    device = model.kv.device
+    slots = slot_mapping(rows, block_ids, model.kv.block_size)
+    metadata = model.metadata_builder.build(
+        0,
+        CommonAttentionMetadata(
+            query_start_loc=bounds.to(device),
+            query_start_loc_cpu=bounds,
+            seq_lens=ends.to(device),
+            num_reqs=len(starts),
+            num_actual_tokens=len(places),
+            max_query_len=int(bounds.diff().max()),
+            max_seq_len=int(ends.max()),
+            block_table_tensor=block_ids.to(torch.int32).expand(len(starts), -1).contiguous(),
+            slot_mapping=slots,
+        ),
+        fast_build=True,
+    )
+    with set_forward_context(
+        dict.fromkeys(model.layer_names, metadata),
+        model.vllm_config,
+        num_tokens=len(places),
+        slot_mapping=dict.fromkeys(model.layer_names, slots),
+        skip_compiled=True,
+    ):
+        hidden: torch.Tensor = model.model(
+            input_ids=token_ids, positions=positions.contiguous(), intermediate_tensors=None, inputs_embeds=None
+        )
+    return hidden
+
+
+def slot_mapping(places: torch.Tensor, block_ids: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The cache slots of some places of a sequence (int64 ``[tokens]``)."""
+    return block_ids[places // block_size] * block_size + places % block_size
+
+
+@contextlib.contextmanager
+def _hooked(
+    modules: Sequence[torch.nn.Module], *, before: Hook | None = None, after: Hook | None = None
+) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(before) for module in modules if before]
+    handles += [
+        module.register_forward_hook(lambda module, args, output: after(module, args)) for module in modules if after
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

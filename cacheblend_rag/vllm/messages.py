@@ -1,0 +1,108 @@
+"""What the two halves of the connector tell each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from cacheblend_rag.chunks import ChunkScope, TokenIds
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.matching import Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendJob:
+    """One prompt to blend before this step's forward pass.
+
+    Attributes:
+        request_id: vLLM's.
+        token_ids: The prompt, int32 ``[tokens]``.
+        hit: Tokens whose KV vLLM took from its prefix cache; their blocks are shared and must not be written.
+        segments: Matched runs of the whole prompt.
+        config: The request's settings.
+        reason: Why it is blended.
+        salt: Names the prompt cache's blended blocks that the hit may hold.
+        block_ids: The request's block table.
+    """
+
+    request_id: str
+    token_ids: TokenIds
+    hit: int
+    segments: tuple[Segment, ...]
+    config: BlendConfig
+    reason: str
+    salt: str
+    block_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveJob:
+    """One chunk whose KV is complete after this step's forward pass.
+
+    Attributes:
+        request_id: vLLM's.
+        token_ids: The chunk, int32 ``[tokens]``.
+        start: Position of its first token: the length of the primer.
+        block_ids: The request's block table.
+    """
+
+    request_id: str
+    token_ids: TokenIds
+    start: int
+    block_ids: list[int]
+
+
+@dataclasses.dataclass
+class StepJobs(KVConnectorMetadata):
+    """Everything the workers have to do in one step.
+
+    Attributes:
+        scope: Whose chunks they are.
+        blends: Prompts to blend.
+        saves: Chunks to store.
+        unfilled: Blocks that were promised and for which there is no job: vLLM has to recompute them.
+    """
+
+    scope: ChunkScope
+    blends: list[BlendJob] = dataclasses.field(default_factory=list)
+    saves: list[SaveJob] = dataclasses.field(default_factory=list)
+    unfilled: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class WorkerReports(KVConnectorWorkerMetadata):
+    """What a worker found out in one step, by request id, on its way to the scheduler half of the same engine.
+
+    vLLM hands worker metadata to the scheduler half only after it has finished the requests of the step, too late for the
+    response of a request whose first token is its last. So reports are left in a box as soon as they are in the
+    scheduler's process: where the worker lives there too, at once; otherwise when vLLM merges what its workers sent.
+    """
+
+    engine_id: str
+    reports: dict[str, dict[str, Any]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """All ranks do the same: the first one's reports count."""
+        leave_reports(self)
+        return self
+
+
+_boxes: dict[str, dict[str, dict[str, Any]]] = {}
+
+
+def open_box(engine_id: str) -> dict[str, dict[str, Any]]:
+    """The box of an engine whose scheduler half lives in this process: reports by request id."""
+    return _boxes.setdefault(engine_id, {})
+
+
+def close_box(engine_id: str) -> None:
+    """Forget an engine's box."""
+    _boxes.pop(engine_id, None)
+
+
+def leave_reports(reports: WorkerReports) -> None:
+    """Put reports into their engine's box, if that is in this process."""
+    if reports.engine_id in _boxes:
+        _boxes[reports.engine_id].update(reports.reports)

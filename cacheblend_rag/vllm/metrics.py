@@ -1,0 +1,108 @@
+"""Counters and histograms in vLLM's own ``/metrics``, and a line in its periodic log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Counter, Histogram
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from cacheblend_rag.stats import BlendStats
+
+_SECONDS = ("load", "select", "recompute", "ttft")
+_TOKENS = ("prefix", "reused", "recomputed", "missed")
+_EVENTS = {
+    "chunk_faults": "Matched chunks that could not be read",
+    "blend_faults": "Blends that failed and were prefilled plainly",
+    "errors": "Requests with settings that could not be understood, and chunks that could not be stored",
+    "warmed_chunks": "Chunks prefilled and stored",
+}
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class BlendMetrics(KVConnectorStats):
+    """What happened since the last report: plain numbers and lists in ``data``, since it crosses processes."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {}
+
+    def count(self, event: str, times: int = 1) -> None:
+        """Count one of the events."""
+        if times:
+            self.data[event] = self.data.get(event, 0) + times
+
+    def observe(self, stats: BlendStats) -> None:
+        """Count a request that was answered."""
+        self.count(f"requests_{stats.decision}")
+        for kind in _TOKENS:
+            self.count(f"tokens_{kind}", getattr(stats, f"{kind}_tokens"))
+        for part in _SECONDS:
+            if part == "ttft" or stats.decision == "blend":
+                self.data.setdefault(f"seconds_{part}", []).append(getattr(stats, part))
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another report to this one."""
+        for name, value in other.data.items():
+            self.data[name] = self.data[name] + value if name in self.data else value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For vLLM's log."""
+        return {name: value for name, value in self.data.items() if not isinstance(value, list)}
+
+    def is_empty(self) -> bool:
+        """Whether nothing happened."""
+        return not self.data
+
+
+class BlendPromMetrics(KVConnectorPromMetrics):
+    """The same in Prometheus: ``vllm:cacheblend_*``, with vLLM's labels."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter, histogram = metric_types[Counter], metric_types[Histogram]
+        self._requests = counter(
+            name="vllm:cacheblend_requests",
+            documentation="Requests by how their prompts were read",
+            labelnames=[*labelnames, "decision"],
+        )
+        self._tokens = counter(
+            name="vllm:cacheblend_prompt_tokens",
+            documentation="Prompt tokens by where their KV came from",
+            labelnames=[*labelnames, "source"],
+        )
+        self._events = {
+            name: counter(name=f"vllm:cacheblend_{name}", documentation=text, labelnames=labelnames)
+            for name, text in _EVENTS.items()
+        }
+        self._seconds = {
+            part: histogram(
+                name=f"vllm:cacheblend_{part}_seconds",
+                documentation="Time to first token" if part == "ttft" else f"Time to {part}, of a blend",
+                buckets=_BUCKETS,
+                labelnames=labelnames,
+            )
+            for part in _SECONDS
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add a report."""
+        labels = self.per_engine_labelvalues[engine_idx]
+        for name, value in transfer_stats_data.items():
+            kind, _, rest = name.partition("_")
+            if kind == "requests":
+                self._requests.labels(*labels, rest).inc(value)
+            elif kind == "tokens":
+                self._tokens.labels(*labels, rest).inc(value)
+            elif kind == "seconds":
+                for seconds in value:
+                    self._seconds[rest].labels(*labels).observe(seconds)
+            else:
+                self._events[name].labels(*labels).inc(value)

@@ -1,0 +1,138 @@
+"""The model that a vLLM worker has loaded, as the blend needs it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention import Attention
+
+from cacheblend_rag.errors import UnsupportedModelError
+from cacheblend_rag.rope import RotaryTable
+from cacheblend_rag.vllm.paged_kv import PagedKV
+
+
+class PagedModel:
+    """Model, attention layers, paged KV and RoPE table of one worker.
+
+    Args:
+        model: The loaded ``torch.nn.Module``.
+        vllm_config: The engine's configuration.
+        kv_cache_config: Of this worker.
+
+    Attributes:
+        layers: Attention layers in order.
+        kv: Their KV.
+        tp: The tensor-parallel group.
+        total_kv_heads: KV heads of the whole model.
+        max_rows: Most rows of one pass: what vLLM planned its memory for.
+
+    Raises:
+        UnsupportedModelError: it can't be blended; the message gives the reason.
+    """
+
+    def __init__(self, model: torch.nn.Module, vllm_config: Any, kv_cache_config: Any) -> None:
+        self.model = model
+        self.vllm_config = vllm_config
+        self.tp = get_tp_group()
+        self.total_kv_heads: int = vllm_config.model_config.get_total_num_kv_heads()
+        self.max_rows: int = vllm_config.scheduler_config.max_num_batched_tokens
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise UnsupportedModelError("its layers keep KV of different kinds")
+        self.layers = _attention_layers(model, groups[0].layer_names, vllm_config.model_config.max_model_len)
+        spec = groups[0].kv_cache_spec
+        self.kv = PagedKV(self.layers, spec.block_size, kv_cache_config.num_blocks)
+        self.layer_names = [layer.layer_name for layer in self.layers]
+        self._rotary = _rotary(model)
+        builder = self.layers[0].get_attn_backend().get_builder_cls()
+        with set_current_vllm_config(vllm_config):
+            self.metadata_builder = builder(spec, self.layer_names, vllm_config, self.kv.device)
+
+    def rotary_table(self, positions: torch.Tensor) -> RotaryTable:
+        """The model's own rotation at some positions (int64 ``[tokens]``)."""
+        cos, sin = self._rotary.cos_sin_cache[positions].float().chunk(2, dim=-1)
+        return RotaryTable(cos, sin)
+
+    def local_heads(self) -> slice:
+        """The KV heads of the whole model that this rank holds."""
+        ranks, heads = self.tp.world_size, self.total_kv_heads
+        first = self.tp.rank_in_group * heads // ranks  # with more ranks than heads, several hold the same one
+        return slice(first, first + max(1, heads // ranks))
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is the rank that writes chunks."""
+        return bool(self.tp.rank_in_group == 0)
+
+    def gather_heads(self, kv: torch.Tensor) -> torch.Tensor:
+        """The KV of all ranks' heads: ``[..., total_kv_heads, head_dim]`` of ``[..., kv_heads, head_dim]``."""
+        if self.tp.world_size == 1:
+            return kv
+        gathered: torch.Tensor = self.tp.all_gather(kv, dim=kv.dim() - 2)
+        copies = max(1, self.tp.world_size // self.total_kv_heads)
+        return gathered[..., ::copies, :]
+
+    def agree_on_lost(self, lost: list[bool]) -> list[bool]:
+        """What any rank could not read: ranks that went on with different chunks would never meet again."""
+        if self.tp.world_size == 1 or not lost:
+            return lost
+        flags = torch.tensor(lost, dtype=torch.int32)
+        torch.distributed.all_reduce(flags, group=self.tp.cpu_group)
+        return [bool(flag) for flag in flags]
+
+
+def find_model() -> torch.nn.Module:
+    """The model of the worker that is calling this, from inside ``register_kv_caches``.
+
+    vLLM hands its connectors no module. But the model runner that registers the caches is further up the stack, and has
+    ``get_model``.
+
+    Raises:
+        UnsupportedModelError: it can't be found.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if callable(getattr(owner, "get_model", None)):
+            model = owner.get_model()
+            if isinstance(model, torch.nn.Module):
+                return model
+        frame = frame.f_back
+    raise UnsupportedModelError("the model can't be reached in this vLLM")
+
+
+def _attention_layers(model: torch.nn.Module, names: list[str], max_model_len: int) -> list[Any]:
+    layers = [module for module in model.modules() if isinstance(module, Attention) and module.layer_name in names]
+    if len(layers) != len(names):
+        raise UnsupportedModelError("not all of its layers are plain attention layers")
+    for layer in layers:
+        impl = layer.impl
+        backend = layer.get_attn_backend()
+        window = layer.sliding_window
+        if backend.forward_includes_kv_cache_update or not hasattr(impl, "do_kv_cache_update"):
+            raise UnsupportedModelError(f"the attention backend {backend.get_name()} writes KV inside its kernel")
+        if layer.kv_sharing_target_layer_name is not None:
+            raise UnsupportedModelError("some of its layers share the KV of others")
+        for name in ("alibi_slopes", "logits_soft_cap", "sinks"):
+            value = getattr(impl, name, None)
+            if value is not None and not (isinstance(value, int | float) and value == 0):
+                raise UnsupportedModelError(f"its attention uses {name}")
+        if window is not None and window < max_model_len:
+            raise UnsupportedModelError(f"its layers attend over a sliding window of {window} tokens")
+        if layer.head_size != layer.head_size_v:
+            raise UnsupportedModelError("its keys and values differ in size")
+    return layers
+
+
+def _rotary(model: torch.nn.Module) -> torch.nn.Module:
+    tables = {id(module): module for module in model.modules() if hasattr(module, "cos_sin_cache")}
+    if len(tables) != 1:
+        raise UnsupportedModelError(f"it has {len(tables)} rotary embeddings, not one that all layers share")
+    rotary = next(iter(tables.values()))
+    if not getattr(rotary, "is_neox_style", False):
+        raise UnsupportedModelError("its RoPE rotates neighbouring dimensions (GPT-J style)")
+    return rotary

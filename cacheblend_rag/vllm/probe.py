@@ -1,0 +1,86 @@
+"""Finds out on the loaded model itself whether it can be blended.
+
+What a blend relies on is tested, not looked up by name: a pass over rows with gaps must give what a pass over all rows
+gives, keys shifted by some positions must be those computed there, in every layer, and what is read from the paged cache
+must be what was written. It runs before the engine serves anything, in blocks that nobody uses yet.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cacheblend_rag.chunks import ChunkKV, ChunkScope, ModelFingerprint
+from cacheblend_rag.errors import UnsupportedModelError
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.vllm.forward import PagedForward, run_rows
+from cacheblend_rag.vllm.model import PagedModel
+
+# Long enough for rows with gaps between them, short enough to cost nothing.
+_TOKENS = 24
+_SHIFT = 7
+# Shares of the largest value. Below is rounding; a wrong mask or rotation gives errors near 1.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.inference_mode()
+def probe(model: PagedModel) -> None:
+    """Try what a blend relies on.
+
+    Raises:
+        UnsupportedModelError: it can't be blended; the message gives the reason.
+    """
+    name = type(model.model).__name__
+    try:
+        error = _largest_error(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever foreign code does with rows it doesn't expect
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UnsupportedModelError(f"{name} can't be blended: it can't be run on chosen tokens ({reason})") from error
+    for what, miss in error.items():
+        if not miss < _TOLERANCE[model.kv.dtype]:  # NaN too
+            raise UnsupportedModelError(f"{name} can't be blended: {what} (error {miss:.1%})")
+
+
+def _largest_error(model: PagedModel) -> dict[str, float]:
+    device = model.kv.device
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(model.vllm_config.model_config.get_vocab_size(), (_TOKENS,), generator=generator).to(
+        device
+    )
+    blocks = -(-2 * _TOKENS // model.kv.block_size)
+    block_ids = list(range(1, blocks + 1))  # block 0 is the null block
+    forward = PagedForward(model, token_ids, block_ids, 0)
+    places = torch.arange(_TOKENS, device=device)
+    table = torch.tensor(block_ids, device=device)
+
+    moved_hidden = run_rows(model, token_ids, places, places + _SHIFT, table)
+    moved = forward.read(0, _TOKENS)
+    hidden = run_rows(model, token_ids, places, places, table)
+    kv = forward.read(0, _TOKENS)
+    some = places[1::2]
+    gaps = run_rows(model, token_ids[some], some, some, table)
+
+    scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
+    whole = _all_heads(model, kv)
+    chunk = ChunkKV("", scope, np.zeros(_TOKENS, np.int32), 0, whole.cpu())
+    later = PagedForward(model, torch.zeros(2 * _TOKENS, dtype=torch.int64), block_ids, 0)
+    later.place([(chunk, Segment(_SHIFT, _TOKENS, "", 0))])
+    shifted = later.read(_SHIFT, _SHIFT + _TOKENS)
+    return {
+        "a pass over some tokens changes what it computes": _relative(gaps, hidden[1::2]),
+        "what it computes depends on absolute positions": _relative(moved_hidden, hidden),
+        "its keys can't be shifted to other positions": _relative(shifted, moved),
+    }
+
+
+def _all_heads(model: PagedModel, kv: torch.Tensor) -> torch.Tensor:
+    """A tensor with room for all heads, this rank's filled in: what placing it reads."""
+    whole = kv.new_zeros(*kv.shape[:3], model.total_kv_heads, kv.shape[4])
+    whole[:, :, :, model.local_heads()] = kv
+    return whole
+
+
+def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.float() - expected.float()).abs().max() / expected.float().abs().max())

@@ -1,0 +1,356 @@
+"""The half of the connector that lives in the scheduler: matches, decides, salts, and answers warm requests.
+
+It sees token ids and block tables, no tensors. A request goes through it like this:
+
+    on_new_request                known chunks are matched; if they pay, later blocks get salted hashes
+    get_num_new_matched_tokens    vLLM has looked up its prefix cache: all but the last prompt token is promised
+    update_state_after_alloc      blocks are there: the workers get a job, done before this step's forward pass
+    request_finished              stats go out with the response
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import cacheblend_rag
+from cacheblend_rag.chunks import TokenIds
+from cacheblend_rag.decision import decide
+from cacheblend_rag.errors import ChunkTooLongError, ConfigError
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.vllm.isolation import BlockHashes, Salts
+from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs, close_box, open_box
+from cacheblend_rag.vllm.metrics import BlendMetrics
+from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings, RequestParams
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED = 4096  # finished requests whose stats can be asked for
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What is known of a request on its way.
+
+    Attributes:
+        request: vLLM's.
+        params: What it asks for.
+        stats: How its prompt is read, as far as the scheduler knows.
+        ids: Its prompt.
+        segments: Matched runs of it; empty unless it is to be blended.
+        hashes: Its block hashes, if it is to be blended.
+        salt: Of its blended blocks.
+        first_salted: The first block that has it.
+        block_ids: Its block table, of a chunk to be stored.
+        answer: What a request that asks for something else than generation is told.
+        first_token_at: Unix time.
+    """
+
+    request: Any
+    params: RequestParams
+    stats: BlendStats
+    ids: TokenIds
+    segments: tuple[Segment, ...] = ()
+    hashes: BlockHashes | None = None
+    salt: str = ""
+    first_salted: int = 0
+    block_ids: list[int] = dataclasses.field(default_factory=list)
+    answer: dict[str, Any] | None = None
+    first_token_at: float | None = None
+
+
+class SchedulerHalf:
+    """Not safe for several threads: vLLM calls its connectors from one.
+
+    Args:
+        settings: The connector's.
+        library: The chunks of the engine's scope.
+        special_ids: What the tokenizer puts before every text, such as BOS; not part of a chunk.
+        num_layers: Layers of the model.
+        context_window: Most tokens of a prompt and its answer.
+        block_size: Tokens of a block.
+        engine_id: vLLM's name of this engine.
+
+    Attributes:
+        metrics: Counts since they were last taken.
+        scope: Namespace, model and primer.
+    """
+
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        library: ChunkLibrary,
+        *,
+        special_ids: Sequence[int],
+        num_layers: int,
+        context_window: int,
+        block_size: int,
+        engine_id: str,
+    ) -> None:
+        self.metrics = BlendMetrics()
+        self._settings = settings
+        self.scope = library.scope
+        self._library = library
+        self._special_ids = list(special_ids)
+        self._primer_ids = np.asarray(library.scope.primer_ids, np.int32)
+        self._num_layers = num_layers
+        self._context_window = context_window
+        self._block_size = block_size
+        self._engine_id = engine_id
+        self._box = open_box(engine_id)
+        self._block_pool: Any = None
+        self._salts = Salts(library.scope, block_size)
+        self._plans: dict[str, _Plan] = {}
+        self._jobs = StepJobs(library.scope)
+        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def bind_block_pool(self, block_pool: Any) -> None:
+        """VLLM's pool of blocks, asked which are cached."""
+        self._block_pool = block_pool
+
+    def new_request(self, request: Any) -> None:
+        """See the module."""
+        started = time.perf_counter()
+        ids = np.asarray(request.prompt_token_ids or [], np.int32)
+        plan = _Plan(request, RequestParams(blend=self._settings.blend), BlendStats(len(ids)), ids)
+        self._plans[request.request_id] = plan
+        try:
+            plan.params = RequestParams.parse(request.kv_transfer_params, self._settings.blend, self._num_layers)
+        except ConfigError as error:
+            plan.stats.reason = f"bad kv_transfer_params: {error}"
+            self.metrics.count("errors")
+            return
+        if plan.params.action == "generate":
+            self._plan_generation(plan)
+        else:
+            self._answer(plan)
+        plan.stats.match = time.perf_counter() - started
+
+    def matched_tokens(self, request: Any, hit: int) -> int:
+        """How many tokens after the ``hit`` first ones the workers will fill in."""
+        plan = self._plans[request.request_id]
+        plan.stats.prefix_tokens = hit
+        plan.stats.missed_tokens = len(plan.ids) - hit
+        if not plan.segments:
+            if hit and plan.params.action == "generate" and plan.stats.decision == "prefill":
+                plan.stats.decision = "prefix"
+            return 0
+        assert plan.hashes is not None
+        layout = PromptLayout.after_hit(plan.ids, plan.segments, self._primer_ids, hit)
+        plan.stats.decision, plan.stats.reason = decide(layout, plan.params.blend)
+        if layout.segments and hit > plan.first_salted * self._block_size:
+            # However little is left: read otherwise than the first time, the same prompt would get another answer.
+            plan.stats.decision, plan.stats.reason = "blend", "goes on from blended blocks in the prefix cache"
+        if plan.stats.decision != "blend":
+            return 0
+        first_block = _first_loaded(layout) // self._block_size
+        if first_block < plan.first_salted:  # exact blocks that were to be read have been evicted meanwhile
+            plan.first_salted = first_block
+            plan.hashes.salt(first_block, plan.salt)
+        return len(plan.ids) - 1 - hit
+
+    def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
+        """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
+        plan = self._plans[request.request_id]
+        plan.block_ids = block_ids
+        if filled_in:
+            hit = len(plan.ids) - 1 - filled_in
+            self._jobs.blends.append(
+                BlendJob(
+                    request.request_id,
+                    plan.ids,
+                    hit,
+                    plan.segments,
+                    plan.params.blend,
+                    plan.stats.reason,
+                    plan.salt,
+                    block_ids,
+                )
+            )
+
+    def build_jobs(self, scheduler_output: Any) -> StepJobs:
+        """What the workers have to do in this step."""
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            plan = self._plans.get(request_id)
+            if plan is not None and block_ids is not None and request_id not in cached.resumed_req_ids:
+                plan.block_ids.extend(block_ids[0])
+        for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
+            plan = self._plans.get(request_id)
+            if plan is None or plan.params.action != "warm" or plan.answer is not None:
+                continue
+            if plan.request.num_computed_tokens + tokens >= len(plan.ids):
+                start = len(self._primer_ids)
+                self._jobs.saves.append(SaveJob(request_id, plan.ids[start:], start, list(plan.block_ids)))
+        jobs, self._jobs = self._jobs, StepJobs(self.scope)
+        return jobs
+
+    def step_done(self) -> None:
+        """A step's output has been processed."""
+        now = time.time()
+        for plan in self._plans.values():
+            if plan.first_token_at is None and plan.request.num_output_tokens:
+                plan.first_token_at = now
+        for request_id in self._box.keys() - self._plans.keys():
+            del self._box[request_id]  # of requests that were aborted
+
+    def finished(self, request: Any) -> dict[str, Any]:
+        """What goes out with the response, for ``kv_transfer_params``."""
+        plan = self._plans.pop(request.request_id)
+        report = self._box.pop(request.request_id, None)
+        if plan.params.action != "generate":
+            ours = plan.answer if plan.answer is not None else self._warm_answer(plan, report)
+        else:
+            ours = self._stats(plan, report).to_dict()
+            if plan.params.request_id is not None:
+                self._finished[plan.params.request_id] = ours
+                if len(self._finished) > _REMEMBERED:
+                    self._finished.popitem(last=False)
+        return {PARAMS_KEY: ours}
+
+    def close(self) -> None:
+        """Close the store."""
+        self._library.store.close()
+        close_box(self._engine_id)
+
+    def _plan_generation(self, plan: _Plan) -> None:
+        request, config = plan.request, plan.params.blend
+        obstacle = _obstacle(request)
+        if config.mode == "off":
+            plan.stats.reason = "mode is off"
+        elif obstacle:
+            plan.stats.reason = obstacle
+        else:
+            segments = self._library.match(plan.ids)
+            hit = self._exact_hit(request)
+            if config.mode == "blend" and segments:
+                hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
+            layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
+            plan.stats.decision, plan.stats.reason = decide(layout, config)
+            if plan.stats.decision == "blend":
+                plan.segments = tuple(segments)
+                plan.hashes = BlockHashes(request)
+                first_block = _first_loaded(layout) // self._block_size
+                plan.salt, plan.first_salted = self._salts.choose(
+                    plan.ids, plan.hashes.plain, segments, config, first_block
+                )
+                plan.hashes.salt(plan.first_salted, plan.salt)
+
+    def _exact_hit(self, request: Any) -> int:
+        """Leading tokens of the prompt that the prefix cache has, computed exactly. The last one is never among them."""
+        blocks = 0
+        for block_hash in request.block_hashes[: (request.num_prompt_tokens - 1) // self._block_size]:
+            if self._block_pool is None or not self._block_pool.get_cached_block(block_hash, [0]):
+                break
+            blocks += 1
+        return blocks * self._block_size
+
+    def _answer(self, plan: _Plan) -> None:
+        """Prepare a request that asks for something else than generation: it generates one token that nobody reads."""
+        chunk = plan.ids
+        if chunk[: len(self._special_ids)].tolist() == self._special_ids:
+            chunk = chunk[len(self._special_ids) :]
+        action, prompt = plan.params.action, plan.ids[:1]
+        if action == "describe":
+            plan.answer = self._describe()
+        elif action == "report":
+            known = self._finished.get(plan.params.request_id or "")
+            plan.answer = known or {"error": f"no request {plan.params.request_id!r} has finished here lately"}
+        elif action == "evict":
+            plan.answer = {"evicted": int(self._library.evict(chunk))}
+        elif self._library.is_warm(chunk) or not len(chunk):
+            plan.answer = {"stored": 0, "already_there": 1, "tokens": 0, "bytes": 0}
+        elif len(chunk) > self._chunk_room:
+            plan.answer = {
+                "error": f"the chunk has {len(chunk)} tokens, but only {self._chunk_room} fit the model's "
+                "context behind the primer: split it into smaller chunks",
+                "kind": ChunkTooLongError.__name__,
+            }
+        else:
+            prompt = np.concatenate([self._primer_ids, chunk])
+        plan.ids = prompt
+        _replace_prompt(plan.request, prompt)
+
+    @property
+    def _chunk_room(self) -> int:
+        return self._context_window - len(self._primer_ids) - 1
+
+    def _describe(self) -> dict[str, Any]:
+        scope = self.scope
+        return {
+            "version": cacheblend_rag.__version__,
+            "namespace": scope.namespace,
+            "fingerprint": dataclasses.asdict(scope.fingerprint),
+            "primer_ids": list(scope.primer_ids),
+            "num_layers": self._num_layers,
+            "context_window": self._context_window,
+            "blend": self._settings.to_extra_config()["blend"],
+        }
+
+    def _warm_answer(self, plan: _Plan, report: dict[str, Any] | None) -> dict[str, Any]:
+        if report is None:
+            return {"error": "the request ended before the chunk was prefilled"}
+        if "error" in report:
+            self.metrics.count("errors")
+            return {"error": report["error"], "kind": "StoreError"}
+        stored = int(report["bytes"] > 0)
+        tokens = len(plan.ids) - len(self._primer_ids)
+        self.metrics.count("warmed_chunks", stored)
+        return {"stored": stored, "already_there": 1 - stored, "tokens": tokens * stored, "bytes": report["bytes"]}
+
+    def _stats(self, plan: _Plan, report: dict[str, Any] | None) -> BlendStats:
+        stats = plan.stats
+        now = time.time()
+        first_token_at = plan.first_token_at or now
+        if report is not None:
+            finished_at = report.pop("finished_at")
+            stats = BlendStats(**{**report, "match": stats.match})
+            stats.first_token = max(0.0, first_token_at - finished_at)
+            if stats.faults or stats.decision != "blend":
+                # What the salt stands for is not what was computed.
+                self._salts.spoil(plan.salt)
+            self.metrics.count("chunk_faults", stats.faults)
+            self.metrics.count("blend_faults", int(stats.decision == "prefill" and stats.faults == 0))
+        if plan.request.num_output_tokens:
+            stats.ttft = first_token_at - plan.request.arrival_time
+        self.metrics.observe(stats)
+        return stats
+
+
+def _first_loaded(layout: PromptLayout) -> int:
+    """The first position whose KV comes from a chunk."""
+    return (layout.prefix_segments + layout.segments)[0].start
+
+
+def _obstacle(request: Any) -> str | None:
+    """Why this one request can't be blended, or None."""
+    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+        return "the prompt is not made of token ids"
+    if request.pooling_params is not None:
+        return "nothing is generated"
+    if request.mm_features:
+        return "the prompt holds images or audio"
+    if request.lora_request is not None:
+        return "the request uses LoRA"
+    if request.skip_reading_prefix_cache:
+        return "the request skips the prefix cache (prompt_logprobs does that)"
+    return None
+
+
+def _replace_prompt(request: Any, ids: TokenIds) -> None:
+    """Give a request that has not been scheduled yet another prompt, and one token to generate."""
+    request.prompt_token_ids = ids.tolist()
+    request._all_token_ids[:] = request.prompt_token_ids
+    request.num_prompt_tokens = len(ids)
+    request.max_tokens = 1
+    del request.block_hashes[:]
+    request.update_block_hashes()

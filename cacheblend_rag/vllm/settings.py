@@ -1,0 +1,135 @@
+"""What a user sets: the connector's settings at start, and the overrides of one request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.primer import DEFAULT_PRIMER
+from cacheblend_rag.validation import is_whole
+
+OnUnsupported = Literal["refuse", "prefill"]
+Action = Literal["generate", "warm", "evict", "describe", "report"]
+
+PARAMS_KEY = "cacheblend"
+"""Key of a request's ``kv_transfer_params`` under which overrides go in and stats come out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorSettings:
+    """``kv_connector_extra_config`` of the connector.
+
+    Attributes:
+        store: Directory of the chunk store; None keeps chunks in the engine's memory.
+        memory_bytes: Most bytes of chunks kept in memory (in each worker).
+        max_bytes: Most bytes kept in the directory; None: no limit.
+        namespace: Tenant.
+        primer: Text that chunks are prefilled behind.
+        blend: Defaults of every request.
+        on_unsupported: What to do with a model that can't be blended: ``"refuse"`` to start, or serve it by plain
+            ``"prefill"``.
+    """
+
+    store: str | None = None
+    memory_bytes: int = 1 << 30
+    max_bytes: int | None = None
+    namespace: str = "default"
+    primer: str = DEFAULT_PRIMER
+    blend: BlendConfig = BlendConfig()
+    on_unsupported: OnUnsupported = "refuse"
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any]) -> ConnectorSettings:
+        """Validate ``kv_connector_extra_config``.
+
+        Raises:
+            ConfigError: an unknown or a bad setting.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in extra_config:
+            if name not in names:
+                raise ConfigError(
+                    f"unknown setting {name!r} in kv_connector_extra_config: known are {', '.join(names)}"
+                )
+        given = {name: value for name, value in extra_config.items() if value is not None}
+        for name in ("store", "namespace", "primer"):
+            if not isinstance(given.get(name, ""), str):
+                raise ConfigError(f"{name} must be text, not {given[name]!r}")
+        for name in ("memory_bytes", "max_bytes"):
+            if not is_whole(given.get(name, 0)) or given.get(name, 0) < 0:
+                raise ConfigError(f"{name} must be a whole number of bytes from 0, not {given[name]!r}")
+        blend = given.get("blend", {})
+        if not isinstance(blend, Mapping):
+            raise ConfigError(f"blend must be an object of blend settings, not {blend!r}")
+        given["blend"] = BlendConfig().with_overrides(blend)
+        if given.get("on_unsupported", "refuse") not in get_args(OnUnsupported):
+            raise ConfigError(
+                f"on_unsupported must be one of {', '.join(get_args(OnUnsupported))}, not {given['on_unsupported']!r}"
+            )
+        return cls(**given)
+
+    def to_extra_config(self) -> dict[str, Any]:
+        """As plain values, for JSON; the inverse of :meth:`parse`."""
+        blend = {**dataclasses.asdict(self.blend), "check_layers": list(self.blend.check_layers)}
+        return {**dataclasses.asdict(self), "blend": blend}
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestParams:
+    """What one request asks for, in ``kv_transfer_params={"cacheblend": {...}}``.
+
+    Attributes:
+        action: ``"generate"`` unless one of these is given: ``warm: true`` (the prompt is a chunk: prefill it behind the
+            primer and store its KV), ``evict: true`` (the prompt is a chunk: forget it), ``describe: true`` (tell model,
+            primer and settings), ``report: ID`` (tell the stats of an earlier request).
+        blend: The request's settings.
+        request_id: ``id``, a name by which ``report`` finds this request's stats; for ``report`` the one to tell.
+    """
+
+    action: Action = "generate"
+    blend: BlendConfig = BlendConfig()
+    request_id: str | None = None
+
+    @classmethod
+    def parse(cls, params: object, defaults: BlendConfig, num_layers: int) -> RequestParams:
+        """Validate a request's ``kv_transfer_params``; what others put there besides ours is left alone.
+
+        Args:
+            params: ``kv_transfer_params`` as it came in, or None.
+            defaults: Settings that the request overrides.
+            num_layers: Layers of the model: check layers must be below.
+
+        Raises:
+            ConfigError: an unknown or a bad setting.
+        """
+        ours = params.get(PARAMS_KEY) if isinstance(params, Mapping) else None
+        if ours is None:
+            ours = {}
+        if not isinstance(ours, Mapping):
+            raise ConfigError(f"kv_transfer_params.{PARAMS_KEY} must be an object of settings, not {ours!r}")
+        settings = dict(ours)
+        request_id = settings.pop("id", None)
+        asked: list[Action] = []
+        for action in ("warm", "evict", "describe"):
+            value = settings.pop(action, False)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{action} must be true or false, not {value!r}")
+            if value:
+                asked.append(action)  # type: ignore[arg-type]  # mypy widens the loop variable
+        if "report" in settings:
+            asked.append("report")
+            request_id = settings.pop("report")
+        if len(asked) > 1:
+            raise ConfigError(f"ask for one thing at a time, not for {' and '.join(asked)}")
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise ConfigError(f"a request's id must be text, not {request_id!r}")
+        try:
+            blend = defaults.with_overrides(settings)
+        except TypeError as error:  # a list where a number is wanted, and the like
+            raise ConfigError(f"bad blend settings {settings!r}: {error}") from error
+        if blend.check_layers[-1] >= num_layers:
+            raise ConfigError(f"check_layers {blend.check_layers} must be below {num_layers}, the layers of this model")
+        return cls(asked[0] if asked else "generate", blend, request_id)

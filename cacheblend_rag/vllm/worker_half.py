@@ -1,0 +1,192 @@
+"""The half of the connector that lives in every worker: blends prompts and stores chunks, with the model at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacheblend_rag.blending import blend
+from cacheblend_rag.chunks import ChunkKV, ChunkScope, TokenIds
+from cacheblend_rag.decision import decide
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.store import ChunkStore
+from cacheblend_rag.vllm.forward import PagedForward
+from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
+from cacheblend_rag.vllm.model import PagedModel
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED = 2048  # choices
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    hit: int
+    length: int
+    positions: torch.Tensor
+
+
+class _Choices:
+    """Which tokens were recomputed in prompts whose blended blocks may be in the prefix cache.
+
+    A repeated prompt finds its full blocks there, and only its end is blended again. With the budget of that end alone,
+    the policy would choose other tokens than the first time, and the same prompt would get another answer.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, bytes], _Choice] = OrderedDict()
+
+    def find(self, job: BlendJob, matched: torch.Tensor) -> torch.Tensor | None:
+        """What was chosen of the matched positions, if all of them were decided on before."""
+        for prompt in (job.token_ids.tobytes(), b""):
+            choice = self._known.get((job.salt, prompt))
+            if choice is not None and choice.hit <= job.hit and bool((matched < choice.length).all()):
+                return choice.positions[torch.isin(choice.positions, matched)]
+        return None
+
+    def add(self, job: BlendJob, positions: torch.Tensor) -> None:
+        """Remember a choice: for this prompt, and for those that begin with it, which have its salt."""
+        choice = _Choice(job.hit, len(job.token_ids), positions)
+        self._known[job.salt, job.token_ids.tobytes()] = choice
+        self._known.setdefault((job.salt, b""), choice)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+
+
+class WorkerHalf:
+    """Not safe for several threads: vLLM calls its connectors from one.
+
+    Args:
+        model: The worker's model.
+        store: Where chunks are.
+
+    Attributes:
+        reports: What became of each job since they were last taken, by request id.
+        failed_blocks: Blocks that could not be filled; vLLM recomputes their requests.
+    """
+
+    def __init__(self, model: PagedModel, store: ChunkStore) -> None:
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.failed_blocks: set[int] = set()
+        self._model = model
+        self._store = store
+        self._choices = _Choices()
+
+    @torch.inference_mode()
+    def run_blends(self, jobs: StepJobs) -> bool:
+        """Fill the blocks of this step's prompts up to their last token. Whatever goes wrong ends in plain prefill.
+
+        Returns:
+            True: every block is filled or among the failed ones.
+        """
+        for job in jobs.blends:
+            try:
+                stats = self._blend(job, jobs.scope)
+            except Exception:
+                logger.exception("blending failed, the prompt is prefilled plainly")
+                stats = self._prefill_after_failure(job)
+            self.reports[job.request_id] = {**stats.to_dict(), "finished_at": time.time()}
+        return True
+
+    @torch.inference_mode()
+    def run_saves(self, jobs: StepJobs) -> None:
+        """Store the chunks whose KV this step completed. A chunk that can't be stored is reported."""
+        for job in jobs.saves:
+            try:
+                self.reports[job.request_id] = {"bytes": self._save(job, jobs.scope)}
+            except Exception as error:
+                logger.exception("a chunk could not be stored")
+                self.reports[job.request_id] = {"error": str(error) or repr(error)}
+
+    def _blend(self, job: BlendJob, scope: ChunkScope) -> BlendStats:
+        stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
+        started = time.perf_counter()
+        primer_ids = np.asarray(scope.primer_ids, np.int32)
+        layout = PromptLayout.after_hit(job.token_ids, job.segments, primer_ids, job.hit)
+        forward = self._forward(job)
+        unreadable: set[str] = set()
+        while lost := self._load(forward, layout):
+            # As if these chunks were not warm: others may cover their tokens.
+            unreadable |= lost
+            segments = self._rematch(job.token_ids, scope, unreadable)
+            layout = PromptLayout.after_hit(job.token_ids, segments, primer_ids, job.hit)
+            stats.decision, stats.reason = decide(layout, job.config)
+            if stats.decision != "blend":
+                layout = PromptLayout.build(len(job.token_ids), prefix=job.hit)
+        stats.load = time.perf_counter() - started
+        chosen = None if unreadable else self._choices.find(job, layout.matched)
+        result = blend(forward, layout, job.config, chosen)
+        if chosen is None and not unreadable:
+            self._choices.add(job, result.recomputed)
+        stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)
+        stats.recomputed_tokens = len(result.recomputed)
+        stats.reused_tokens = len(layout.matched) - len(result.recomputed)
+        stats.missed_tokens = len(layout.missed)
+        stats.segments = len(layout.segments) + len(layout.prefix_segments)
+        stats.policy = result.policy
+        stats.faults = len(unreadable)
+        stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
+        return stats
+
+    def _prefill_after_failure(self, job: BlendJob) -> BlendStats:
+        stats = BlendStats(len(job.token_ids), prefix_tokens=job.hit, missed_tokens=len(job.token_ids) - job.hit)
+        stats.decision, stats.reason = "prefill", "blending failed, see the log"
+        started = time.perf_counter()
+        try:
+            self._forward(job).recompute(torch.arange(job.hit, len(job.token_ids)))
+        except Exception:
+            logger.exception("prefilling failed too, vLLM schedules the prompt again")
+            self.failed_blocks.update(job.block_ids[job.hit // self._model.kv.block_size :])
+        stats.recompute = time.perf_counter() - started
+        return stats
+
+    def _forward(self, job: BlendJob) -> PagedForward:
+        return PagedForward(self._model, torch.from_numpy(job.token_ids.astype(np.int64)), job.block_ids, job.hit)
+
+    def _load(self, forward: PagedForward, layout: PromptLayout) -> set[str]:
+        """Put cached KV in place; returns the keys of chunks that can't be read, and then nothing was put in place."""
+        segments = layout.prefix_segments + layout.segments
+        pieces = [(self._read(segment.key), segment) for segment in segments]
+        lost = self._model.agree_on_lost([chunk is None for chunk, _ in pieces])
+        if any(lost):
+            return {segment.key for segment, gone in zip(segments, lost, strict=True) if gone}
+        if pieces:
+            forward.place([(chunk, segment) for chunk, segment in pieces if chunk is not None])
+        return set()
+
+    def _read(self, key: str) -> ChunkKV | None:
+        chunk = self._store.get(key)
+        if chunk is not None and not self._fits(chunk):
+            logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
+            return None
+        return chunk
+
+    def _fits(self, chunk: ChunkKV) -> bool:
+        layers, _, _, heads, head_dim = chunk.kv.shape
+        kv = self._model.kv
+        expected = (len(self._model.layers), self._model.total_kv_heads, kv.head_dim, kv.dtype)
+        return (layers, heads, head_dim, chunk.kv.dtype) == expected
+
+    def _rematch(self, token_ids: TokenIds, scope: ChunkScope, unreadable: set[str]) -> list[Segment]:
+        """Matches without some chunks. All ranks go by the first one's: another may see a store that has moved on."""
+        matched = ChunkLibrary(self._store, scope).match(token_ids, unreadable) if self._model.is_first_rank else None
+        segments: list[Segment] = self._model.tp.broadcast_object(matched)
+        return segments
+
+    def _save(self, job: SaveJob, scope: ChunkScope) -> int:
+        tokens = np.zeros(job.start + len(job.token_ids), np.int64)  # only how many there are counts for reading
+        forward = PagedForward(self._model, torch.from_numpy(tokens), job.block_ids, 0)
+        kv = self._model.gather_heads(forward.read(job.start, len(tokens)))
+        if not self._model.is_first_rank:
+            return 0
+        chunk = ChunkKV(scope.key(job.token_ids), scope, job.token_ids, job.start, kv.cpu().contiguous())
+        return self._store.put(chunk)
