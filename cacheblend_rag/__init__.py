@@ -16,6 +16,7 @@ from cacheblend_rag.errors import (
     IngestError,
     PolicyError,
     PromptTooLongError,
+    ServerError,
     StoreError,
     UnsupportedModelError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "PolicyError",
     "PromptTooLongError",
     "SamplingParams",
+    "ServerError",
     "StoreError",
     "StreamPiece",
     "UnsupportedModelError",

@@ -25,6 +25,10 @@ class StoreError(CacheBlendError, OSError):
     """The chunk store can't be opened or written (permissions, full disk, not a store)."""
 
 
+class ServerError(CacheBlendError, ConnectionError):
+    """A vLLM server can't be reached, does not answer in time, or fails."""
+
+
 class PolicyError(CacheBlendError):
     """A selection policy returned indices it may not return; the message names the policy."""
 

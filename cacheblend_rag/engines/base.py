@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
@@ -153,6 +154,22 @@ class Engine(abc.ABC):
         """
         config, params = self._settings(blend, sampling)
         return self._pieces(prompt, config, params)
+
+    async def agenerate(
+        self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> Generation:
+        """:meth:`generate` for one prompt, without blocking the event loop."""
+        config, params = self._settings(blend, sampling)
+        (answer,) = await asyncio.to_thread(self._answer, [prompt], config, params)
+        return answer
+
+    async def astream(
+        self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> AsyncIterator[StreamPiece]:
+        """:meth:`stream`, without blocking the event loop."""
+        pieces = self.stream(prompt, blend=blend, **sampling)
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
 
     @abc.abstractmethod
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:

@@ -9,8 +9,11 @@ Usable in process, by hand and served; see ``docs/vllm.md``::
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +29,7 @@ from cacheblend_rag.errors import ConfigError, UnsupportedModelError
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
-from cacheblend_rag.vllm.messages import StepJobs, WorkerReports, leave_reports
+from cacheblend_rag.vllm.messages import StepJobs, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
 from cacheblend_rag.vllm.probe import probe
@@ -37,9 +40,6 @@ from cacheblend_rag.vllm.worker_half import WorkerHalf
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# Memory stores of engines whose two halves share a process, by engine id.
-_memory_stores: dict[str, ChunkStore] = {}
 
 
 class CacheBlendConnector(KVConnectorBase_V1):
@@ -72,8 +72,6 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._unsupported = ""
         try:
             check_supported(vllm_config)
-            if self._settings.store is None and vllm_config.parallel_config.world_size > 1:
-                raise ConfigError("several ranks can't share a store in memory: name a store directory")
             if role == KVConnectorRole.SCHEDULER:
                 self._scheduler = self._make_scheduler_half(vllm_config, kv_cache_config)
         except UnsupportedModelError as error:
@@ -190,16 +188,18 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return None
         reports = WorkerReports(self._engine_id, self._worker.reports)
         self._worker.reports = {}
-        leave_reports(reports)
         return reports
 
     # Anywhere
 
     def shutdown(self) -> None:
         """Close the store."""
+        if self._worker is not None:
+            self._worker.close()
         if self._scheduler is not None:
             self._scheduler.close()
-        _memory_stores.pop(self._engine_id, None)
+            if self._settings.store is None:
+                shutil.rmtree(self._own_directory, ignore_errors=True)
 
     def get_kv_connector_stats(self) -> Any:
         """See the base class. The scheduler half counts: the workers' reports reach it."""
@@ -250,6 +250,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         return SchedulerHalf(
             self._settings,
             ChunkLibrary(self._open_store(), scope),
+            bos_token=tokenizer.bos_token,
             special_ids=tokenizer("")["input_ids"],
             num_layers=num_layers,
             context_window=model_config.max_model_len,
@@ -259,11 +260,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def _open_store(self) -> ChunkStore:
         settings = self._settings
-        if settings.store is None:
-            if self._engine_id not in _memory_stores:
-                _memory_stores[self._engine_id] = open_store(None, memory_bytes=settings.memory_bytes)
-            return _memory_stores[self._engine_id]
-        return open_store(settings.store, memory_bytes=settings.memory_bytes, max_bytes=settings.max_bytes)
+        directory = settings.store or self._own_directory
+        return open_store(directory, memory_bytes=settings.memory_bytes, max_bytes=settings.max_bytes)
+
+    @property
+    def _own_directory(self) -> Path:
+        """Where chunks are kept if no store is named: the halves may be in different processes, so not in memory."""
+        return Path(tempfile.gettempdir(), f"cacheblend-{self._engine_id}")
 
     def _give_up(self, error: UnsupportedModelError) -> None:
         if self._settings.on_unsupported == "refuse":

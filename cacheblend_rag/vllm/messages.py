@@ -71,21 +71,29 @@ class StepJobs(KVConnectorMetadata):
     unfilled: list[int] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
 class WorkerReports(KVConnectorWorkerMetadata):
     """What a worker found out in one step, by request id, on its way to the scheduler half of the same engine.
 
-    vLLM hands worker metadata to the scheduler half only after it has finished the requests of the step, too late for the
-    response of a request whose first token is its last. So reports are left in a box as soon as they are in the
-    scheduler's process: where the worker lives there too, at once; otherwise when vLLM merges what its workers sent.
+    vLLM hands worker metadata to the scheduler half only after it has finished the requests of the step, too late for
+    the response of a request whose first token is its last. So reports are put into a box as soon as they are in the
+    scheduler's process: where they are made, if the worker lives there too, or where they are unpickled.
+
+    Args:
+        engine_id: vLLM's name of the engine.
+        reports: By request id.
     """
 
-    engine_id: str
-    reports: dict[str, dict[str, Any]]
+    def __init__(self, engine_id: str, reports: dict[str, dict[str, Any]]) -> None:
+        self._engine_id = engine_id
+        self._reports = reports
+        if engine_id in _boxes:
+            _boxes[engine_id].update(reports)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WorkerReports, (self._engine_id, self._reports)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """All ranks do the same: the first one's reports count."""
-        leave_reports(self)
+        """All ranks do the same: any one's reports will do."""
         return self
 
 
@@ -100,9 +108,3 @@ def open_box(engine_id: str) -> dict[str, dict[str, Any]]:
 def close_box(engine_id: str) -> None:
     """Forget an engine's box."""
     _boxes.pop(engine_id, None)
-
-
-def leave_reports(reports: WorkerReports) -> None:
-    """Put reports into their engine's box, if that is in this process."""
-    if reports.engine_id in _boxes:
-        _boxes[reports.engine_id].update(reports.reports)

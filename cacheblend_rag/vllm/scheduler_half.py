@@ -74,6 +74,7 @@ class SchedulerHalf:
     Args:
         settings: The connector's.
         library: The chunks of the engine's scope.
+        bos_token: The tokenizer's, or None.
         special_ids: What the tokenizer puts before every text, such as BOS; not part of a chunk.
         num_layers: Layers of the model.
         context_window: Most tokens of a prompt and its answer.
@@ -90,6 +91,7 @@ class SchedulerHalf:
         settings: ConnectorSettings,
         library: ChunkLibrary,
         *,
+        bos_token: str | None,
         special_ids: Sequence[int],
         num_layers: int,
         context_window: int,
@@ -100,6 +102,7 @@ class SchedulerHalf:
         self._settings = settings
         self.scope = library.scope
         self._library = library
+        self._bos_token = bos_token
         self._special_ids = list(special_ids)
         self._primer_ids = np.asarray(library.scope.primer_ids, np.int32)
         self._num_layers = num_layers
@@ -147,9 +150,10 @@ class SchedulerHalf:
         assert plan.hashes is not None
         layout = PromptLayout.after_hit(plan.ids, plan.segments, self._primer_ids, hit)
         plan.stats.decision, plan.stats.reason = decide(layout, plan.params.blend)
-        if layout.segments and hit > plan.first_salted * self._block_size:
+        if hit > plan.first_salted * self._block_size:
             # However little is left: read otherwise than the first time, the same prompt would get another answer.
-            plan.stats.decision, plan.stats.reason = "blend", "goes on from blended blocks in the prefix cache"
+            plan.stats.decision = "blend" if layout.segments else "prefix"
+            plan.stats.reason = "goes on from blended blocks in the prefix cache"
         if plan.stats.decision != "blend":
             return 0
         first_block = _first_loaded(layout) // self._block_size
@@ -290,6 +294,7 @@ class SchedulerHalf:
             "version": cacheblend_rag.__version__,
             "namespace": scope.namespace,
             "fingerprint": dataclasses.asdict(scope.fingerprint),
+            "bos_token": self._bos_token,
             "primer_ids": list(scope.primer_ids),
             "num_layers": self._num_layers,
             "context_window": self._context_window,

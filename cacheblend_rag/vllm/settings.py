@@ -23,7 +23,7 @@ class ConnectorSettings:
     """``kv_connector_extra_config`` of the connector.
 
     Attributes:
-        store: Directory of the chunk store; None keeps chunks in the engine's memory.
+        store: Directory of the chunk store; None: a temporary one, gone when the engine ends.
         memory_bytes: Most bytes of chunks kept in memory (in each worker).
         max_bytes: Most bytes kept in the directory; None: no limit.
         namespace: Tenant.

@@ -107,6 +107,10 @@ class WorkerHalf:
                 logger.exception("a chunk could not be stored")
                 self.reports[job.request_id] = {"error": str(error) or repr(error)}
 
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
     def _blend(self, job: BlendJob, scope: ChunkScope) -> BlendStats:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
         started = time.perf_counter()

@@ -1,0 +1,333 @@
+"""A client of a vLLM server that runs the connector: the same engine, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import openai
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engines import wire
+from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
+from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError, ServerError
+from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
+
+_AT_ONCE = 32  # requests of one call that are under way at a time
+
+
+class ServerEngine(Engine):
+    """See :class:`~cacheblend_rag.engines.base.Engine`; made by :func:`cacheblend_rag.load_engine`.
+
+    Any number of threads and event loops may share it. ``stats.ttft`` of :meth:`generate` is the server's, that of
+    :meth:`stream` is measured here.
+
+    Attributes:
+        counts: How often each decision was taken, and ``chunk_fault`` (a matched chunk could not be read).
+
+    Args:
+        model: As the server calls it.
+        base_url: The server's OpenAI-compatible API, such as ``"http://localhost:8000/v1"``.
+        blend: Defaults of every request; None: the server's.
+        namespace: Whose chunks the server is expected to read.
+        client_args: Arguments of ``openai.OpenAI``, such as ``api_key``, ``timeout`` (seconds, 600 unless given) and
+            ``max_retries`` (2 unless given).
+
+    Raises:
+        ServerError: the server can't be reached.
+        ConfigError: it serves another model or namespace, or refuses the key.
+        UnsupportedModelError: it runs without the connector.
+    """
+
+    def __init__(
+        self, model: str, *, base_url: str, blend: BlendConfig | None, namespace: str, client_args: Mapping[str, Any]
+    ) -> None:
+        self.model_name = model
+        self.counts: Counter[str] = Counter()
+        self._base_url = base_url.rstrip("/")
+        self._client_args = {"api_key": "none", **client_args}
+        try:
+            self._client = openai.OpenAI(base_url=self._base_url, **self._client_args)
+        except TypeError as error:
+            raise ConfigError(f"engine_args are those of openai.OpenAI: {error}") from error
+        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cacheblend")
+        self._numbers = itertools.count()
+        self._name = uuid.uuid4().hex
+        with self._errors():
+            served = [card.id for card in self._client.models.list()]
+        if model not in served:
+            raise ConfigError(f"the server at {base_url} serves {', '.join(served)}, not {model!r}")
+        description = self._ask("describe", True)
+        self.context_window = description["context_window"]
+        self.num_layers = description["num_layers"]
+        self.scope = wire.parse_scope(description)
+        self._bos: str | None = description["bos_token"]
+        if namespace != self.scope.namespace:
+            raise ConfigError(
+                f"the server at {base_url} reads chunks of namespace {self.scope.namespace!r}, not {namespace!r}"
+            )
+        self.blend = blend or BlendConfig().with_overrides(description["blend"])
+        self._check_layers(self.blend)
+
+    def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
+        """See :meth:`Engine.warm`. The server prefills chunks in its own batches, beside the queries it serves."""
+        totals = wire.WarmTotals()
+        encoded = list(self._pool.map(self._tokenize, chunks))
+        room = self.context_window - len(self.scope.primer_ids) - 1
+        for index, ids in enumerate(encoded):
+            if len(ids) > room:
+                raise ChunkTooLongError(
+                    f"chunk {index} has {len(ids)} tokens, but only {room} fit the model's context behind the primer: "
+                    "split it into smaller chunks"
+                )
+        new = [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
+        done = len(encoded) - len(new)
+        totals.add_known(done)
+        for answer in self._pool.map(lambda ids: self._ask("warm", True, ids), new):
+            totals.add(answer)
+            done += 1
+            if progress is not None:
+                progress(done, len(encoded))
+        return totals.report()
+
+    def evict(self, chunks: Sequence[str]) -> int:
+        """See :meth:`Engine.evict`."""
+        encoded = [ids for ids in self._pool.map(self._tokenize, chunks) if ids]
+        return sum(answer["evicted"] for answer in self._pool.map(lambda ids: self._ask("evict", True, ids), encoded))
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """See :meth:`Engine.render_chat`. The server renders its template."""
+        body = {"model": self.model_name, "messages": [dict(message) for message in messages]}
+        tokens = self._post("tokenize", body)["tokens"]
+        return str(self._post("detokenize", {"model": self.model_name, "tokens": tokens})["prompt"])
+
+    def count_tokens(self, text: str) -> int:
+        """See :meth:`Engine.count_tokens`."""
+        return len(self._tokenize(text))
+
+    def close(self) -> None:
+        """Close the connections; the server goes on."""
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    async def agenerate(
+        self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> Generation:
+        """See :meth:`Engine.agenerate`."""
+        config, params = self._settings(blend, sampling)
+        request = self._request(prompt, config, params)
+        with self._errors():
+            response = await self._async_client().completions.create(**request)
+        return await asyncio.to_thread(self._generation, response, params, request)
+
+    async def astream(
+        self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
+    ) -> AsyncIterator[StreamPiece]:
+        """See :meth:`Engine.astream`."""
+        config, params = self._settings(blend, sampling)
+        request = self._request(prompt, config, params, stream=True)
+        answer = _Answer(request)
+        with self._errors():
+            async with await self._async_client().completions.create(**request) as stream:
+                async for chunk in stream:
+                    if piece := answer.add(chunk):
+                        yield StreamPiece(piece)
+        yield await asyncio.to_thread(self._last_piece, answer, params)
+
+    def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
+        """The prompts are sent side by side: the server batches them."""
+        requests = [self._request(prompt, config, params) for prompt in prompts]
+        responses = self._pool.map(self._complete, requests)
+        return [
+            self._generation(response, params, request) for response, request in zip(responses, requests, strict=True)
+        ]
+
+    def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
+        request = self._request(prompt, config, params, stream=True)
+        answer = _Answer(request)
+        with self._errors(), self._client.completions.create(**request) as stream:
+            for chunk in stream:
+                if piece := answer.add(chunk):
+                    yield StreamPiece(piece)
+        yield self._last_piece(answer, params)
+
+    def _last_piece(self, answer: _Answer, params: SamplingParams) -> StreamPiece:
+        """A streamed response carries no ``kv_transfer_params``: the stats are asked for."""
+        told = self._complete(self._action("report", answer.request_id, [0])).kv_transfer_params
+        return StreamPiece("", self._finish(answer, told, params))
+
+    def _request(
+        self, prompt: Prompt, config: BlendConfig, params: SamplingParams, *, stream: bool = False
+    ) -> dict[str, Any]:
+        """Arguments of ``completions.create``."""
+        if not isinstance(prompt, str):
+            prompt = [int(token) for token in prompt]
+            self._check_length(len(prompt), params.max_tokens)
+        elif not prompt:
+            raise ConfigError("the prompt has no tokens")
+        request: dict[str, Any] = {
+            "model": self.model_name,
+            "prompt": prompt,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": params.seed,
+            "stop": list(params.stop) or None,
+            "logprobs": params.logprobs or 0,  # with the tokens' log-probabilities come their ids
+            "extra_body": {
+                "top_k": max(params.top_k, 0),
+                "return_tokens_as_token_ids": True,
+                # No second BOS before that of a rendered chat template.
+                "add_special_tokens": not (self._bos and isinstance(prompt, str) and prompt.startswith(self._bos)),
+                "kv_transfer_params": wire.blend_params(config, f"{self._name}-{next(self._numbers)}"),
+            },
+        }
+        if stream:
+            request |= {"stream": True, "stream_options": {"include_usage": True}}
+        return request
+
+    def _action(self, action: str, value: Any, ids: list[int]) -> dict[str, Any]:
+        """Arguments of ``completions.create`` that ask the connector something."""
+        params = wire.action_params(action, value)
+        return {
+            "model": self.model_name,
+            "prompt": ids,
+            "max_tokens": 1,
+            "extra_body": {"kv_transfer_params": params},
+        }
+
+    def _ask(
+        self, action: Literal["warm", "evict", "describe"], value: Any, ids: Sequence[int] = (0,)
+    ) -> dict[str, Any]:
+        response = self._complete(self._action(action, value, list(ids)))
+        return wire.parse_answer(response.kv_transfer_params)
+
+    def _complete(self, request: dict[str, Any]) -> Any:
+        with self._errors():
+            return self._client.completions.create(**request)
+
+    def _generation(self, response: Any, params: SamplingParams, request: Mapping[str, Any]) -> Generation:
+        """The answer in a response that was not streamed."""
+        answer = _Answer(request)
+        answer.add(response)
+        told = response.kv_transfer_params
+        if told is None:  # a stop string ended the answer before vLLM's scheduler knew: the stats are asked for
+            told = self._complete(self._action("report", answer.request_id, [0])).kv_transfer_params
+        return self._finish(answer, told, params)
+
+    def _finish(self, answer: _Answer, told: Mapping[str, Any] | None, params: SamplingParams) -> Generation:
+        stats = wire.parse_stats((told or {}).get(wire.KEY), answer.prompt_tokens)
+        if answer.streamed:
+            stats.ttft = answer.ttft
+        self.counts[stats.decision] += 1
+        self.counts["chunk_fault"] += stats.faults
+        return Generation(
+            text=answer.text,
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+            logprobs=answer.logprobs if params.logprobs is not None else None,
+            stats=stats,
+        )
+
+    def _tokenize(self, text: str) -> list[int]:
+        body = {"model": self.model_name, "prompt": text, "add_special_tokens": False}
+        tokens: list[int] = self._post("tokenize", body)["tokens"]
+        return tokens
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Call what vLLM serves besides the OpenAI API, which is one level up."""
+        root = self._base_url.removesuffix("/v1")
+        with self._errors():
+            response = self._client.post(f"{root}/{path}", body=body, cast_to=object)
+        assert isinstance(response, dict)
+        return response
+
+    def _async_client(self) -> openai.AsyncOpenAI:
+        """A client of the running event loop: its connections belong to the loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._async_clients:
+            self._async_clients[loop] = openai.AsyncOpenAI(base_url=self._base_url, **self._client_args)
+        return self._async_clients[loop]
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What the client library raises, as errors of ours."""
+        try:
+            yield
+        except openai.APITimeoutError as error:
+            raise ServerError(
+                f"the server at {self._base_url} did not answer within {self._client.timeout} s"
+            ) from error
+        except openai.APIConnectionError as error:
+            raise ServerError(f"the server at {self._base_url} can't be reached: {error.__cause__ or error}") from error
+        except openai.AuthenticationError as error:
+            raise ConfigError(f"the server at {self._base_url} refuses the api_key: give it in engine_args") from error
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            message = _message(error)
+            kind = PromptTooLongError if "context length" in message or "max_model_len" in message else ConfigError
+            raise kind(f"the server refuses the request: {message}") from error
+        except openai.APIStatusError as error:
+            raise ServerError(
+                f"the server at {self._base_url} answers {error.status_code}: {_message(error)}"
+            ) from error
+
+
+class _Answer:
+    """What has come of an answer so far.
+
+    Args:
+        request: Arguments of ``completions.create``.
+    """
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        self.request_id: str = request["extra_body"]["kv_transfer_params"][wire.KEY]["id"]
+        self.streamed = bool(request.get("stream"))
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, float]] = []
+        self.finish_reason: FinishReason = "length"
+        self.prompt_tokens = 0
+        self.ttft = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, response: Any) -> str:
+        """Take in a response, or a chunk of a streamed one; returns its text."""
+        self.ttft = self.ttft or time.perf_counter() - self._started
+        if response.usage is not None:
+            self.prompt_tokens = response.usage.prompt_tokens
+        if not response.choices:
+            return ""
+        choice = response.choices[0]
+        if choice.finish_reason is not None:
+            self.finish_reason = "stop" if choice.finish_reason == "stop" else "length"
+        if choice.logprobs is not None:
+            tops = choice.logprobs.top_logprobs or [{}] * len(choice.logprobs.tokens)
+            for name, logprob, top in zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, tops, strict=True):
+                token = _token_id(name)
+                self.token_ids.append(token)
+                self.logprobs.append(
+                    {**{_token_id(other): value for other, value in (top or {}).items()}, token: logprob}
+                )
+        self.text += choice.text
+        return str(choice.text)
+
+
+def _token_id(name: str) -> int:
+    """From ``"token_id:123"``."""
+    return int(name.rpartition(":")[2])
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body = error.body
+    return str(body.get("message") if isinstance(body, dict) else error)
