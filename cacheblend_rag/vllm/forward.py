@@ -40,11 +40,15 @@ class PagedForward:
         token_ids: int64 ``[tokens]``, the prompt.
         block_ids: Its block table.
         exact_tokens: Leading tokens whose KV is in place; their blocks are only read.
+
+    Attributes:
+        deviation_passes: Rows and layer of each call of :meth:`deviations`, which leave fresh KV behind.
     """
 
     def __init__(self, model: PagedModel, token_ids: torch.Tensor, block_ids: Sequence[int], exact_tokens: int) -> None:
         self.num_layers = len(model.layers)
         self.exact_tokens = exact_tokens
+        self.deviation_passes: list[tuple[torch.Tensor, int]] = []
         self._model = model
         self._token_ids = token_ids.to(model.kv.device)
         blocks = -(-len(token_ids) // model.kv.block_size)
@@ -81,6 +85,7 @@ class PagedForward:
 
     def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
         """See :meth:`blending.BlendForward.deviations`. Summed over ranks: all have to choose the same tokens."""
+        self.deviation_passes.append((rows, layer))
         found: list[torch.Tensor] = []
         attention = self._model.layers[layer]
         kv = self._model.kv

@@ -20,6 +20,7 @@ from cacheblend_rag.matching import Segment
 from cacheblend_rag.policies import get_policy
 
 _REMEMBERED = 4096
+_ENDINGS = 16  # prompts remembered that differ only after their last full block
 
 
 class BlockHashes:
@@ -88,7 +89,7 @@ class Salts:
     def __init__(self, scope: ChunkScope, block_size: int) -> None:
         self._scope = scope
         self._block_size = block_size
-        self._earlier: OrderedDict[tuple[bytes, str], _Earlier] = OrderedDict()
+        self._earlier: OrderedDict[tuple[bytes, str], list[_Earlier]] = OrderedDict()
         self._spoilt: Counter[str] = Counter()
 
     def choose(
@@ -110,26 +111,38 @@ class Salts:
         """
         settings = repr((config.recompute_ratio, config.policy, config.check_layers))
         for blocks in range(len(plain), 0, -1):
-            earlier = self._earlier.get((plain[blocks - 1], settings))
-            if (
-                earlier is not None
-                and earlier.first_block <= first_block
-                and earlier.salt not in self._spoilt
-                and ids[blocks * self._block_size :].tobytes().startswith(earlier.rest)
-                and tuple(s for s in segments if s.start < earlier.length) == earlier.segments
-            ):
-                salt, first_block = earlier.salt, earlier.first_block
-                break
-        else:
-            salt = self._digest(settings, segments, ids, config)
-        if plain:
-            rest = ids[len(plain) * self._block_size :].tobytes()
-            key = plain[-1], settings
-            self._earlier[key] = _Earlier(rest, len(ids), tuple(segments), salt, first_block)
-            self._earlier.move_to_end(key)
-            if len(self._earlier) > _REMEMBERED:
-                self._earlier.popitem(last=False)
+            rest = ids[blocks * self._block_size :].tobytes()
+            for earlier in self._earlier.get((plain[blocks - 1], settings), ()):
+                if (
+                    rest.startswith(earlier.rest)
+                    and earlier.first_block <= first_block
+                    and earlier.salt not in self._spoilt
+                    and tuple(s for s in segments if s.start < earlier.length) == earlier.segments
+                ):
+                    self._remember(ids, plain, settings, segments, earlier.salt, earlier.first_block)
+                    return earlier.salt, earlier.first_block
+        salt = self._digest(settings, segments, ids, config)
+        self._remember(ids, plain, settings, segments, salt, first_block)
         return salt, first_block
+
+    def _remember(
+        self,
+        ids: TokenIds,
+        plain: Sequence[bytes],
+        settings: str,
+        segments: Sequence[Segment],
+        salt: str,
+        first_block: int,
+    ) -> None:
+        if not plain:
+            return
+        rest = ids[len(plain) * self._block_size :].tobytes()
+        new = _Earlier(rest, len(ids), tuple(segments), salt, first_block)
+        key = plain[-1], settings
+        others = [earlier for earlier in self._earlier.pop(key, ()) if earlier.rest != rest]
+        self._earlier[key] = [new, *others[: _ENDINGS - 1]]
+        if len(self._earlier) > _REMEMBERED:
+            self._earlier.popitem(last=False)
 
     def spoil(self, salt: str) -> None:
         """Something went wrong in a blend under this salt: nobody may find its blocks any more."""

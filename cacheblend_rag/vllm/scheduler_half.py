@@ -235,7 +235,7 @@ class SchedulerHalf:
             plan.stats.reason = obstacle
         else:
             segments = self._library.match(plan.ids)
-            hit = self._exact_hit(request)
+            hit = self._cached_tokens(request)
             if config.mode == "blend" and segments:
                 hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
             layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
@@ -248,9 +248,13 @@ class SchedulerHalf:
                     plan.ids, plan.hashes.plain, segments, config, first_block
                 )
                 plan.hashes.salt(plan.first_salted, plan.salt)
+                if plan.first_salted < first_block and self._cached_tokens(request) < hit:
+                    # The blended blocks of an earlier prompt are gone, but exact ones reach further.
+                    plan.first_salted = first_block
+                    plan.hashes.salt(first_block, plan.salt)
 
-    def _exact_hit(self, request: Any) -> int:
-        """Leading tokens of the prompt that the prefix cache has, computed exactly. The last one is never among them."""
+    def _cached_tokens(self, request: Any) -> int:
+        """Leading tokens of the prompt that the prefix cache has. The last one is never among them."""
         blocks = 0
         for block_hash in request.block_hashes[: (request.num_prompt_tokens - 1) // self._block_size]:
             if self._block_pool is None or not self._block_pool.get_cached_block(block_hash, [0]):

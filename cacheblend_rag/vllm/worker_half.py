@@ -33,6 +33,7 @@ class _Choice:
     hit: int
     length: int
     positions: torch.Tensor
+    deviation_passes: list[tuple[torch.Tensor, int]]
 
 
 class _Choices:
@@ -45,17 +46,23 @@ class _Choices:
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, bytes], _Choice] = OrderedDict()
 
-    def find(self, job: BlendJob, matched: torch.Tensor) -> torch.Tensor | None:
-        """What was chosen of the matched positions, if all of them were decided on before."""
+    def repeat(self, job: BlendJob, matched: torch.Tensor, forward: PagedForward) -> torch.Tensor | None:
+        """What was chosen of the matched positions, if all of them were decided on before.
+
+        The passes that led to the choice are run again over the rows at hand, for the fresh KV they leave.
+        """
         for prompt in (job.token_ids.tobytes(), b""):
             choice = self._known.get((job.salt, prompt))
             if choice is not None and choice.hit <= job.hit and bool((matched < choice.length).all()):
+                for rows, layer in choice.deviation_passes:
+                    if len(rows := rows[rows >= job.hit]):
+                        forward.deviations(rows, layer)
                 return choice.positions[torch.isin(choice.positions, matched)]
         return None
 
-    def add(self, job: BlendJob, positions: torch.Tensor) -> None:
+    def add(self, job: BlendJob, positions: torch.Tensor, forward: PagedForward) -> None:
         """Remember a choice: for this prompt, and for those that begin with it, which have its salt."""
-        choice = _Choice(job.hit, len(job.token_ids), positions)
+        choice = _Choice(job.hit, len(job.token_ids), positions, forward.deviation_passes)
         self._known[job.salt, job.token_ids.tobytes()] = choice
         self._known.setdefault((job.salt, b""), choice)
         while len(self._known) > _REMEMBERED:
@@ -94,7 +101,7 @@ class WorkerHalf:
             except Exception:
                 logger.exception("blending failed, the prompt is prefilled plainly")
                 stats = self._prefill_after_failure(job)
-            self.reports[job.request_id] = {**stats.to_dict(), "finished_at": time.time()}
+            self._report(job.request_id, {**stats.to_dict(), "finished_at": time.time()})
         return True
 
     @torch.inference_mode()
@@ -102,10 +109,14 @@ class WorkerHalf:
         """Store the chunks whose KV this step completed. A chunk that can't be stored is reported."""
         for job in jobs.saves:
             try:
-                self.reports[job.request_id] = {"bytes": self._save(job, jobs.scope)}
+                self._report(job.request_id, {"bytes": self._save(job, jobs.scope)})
             except Exception as error:
                 logger.exception("a chunk could not be stored")
-                self.reports[job.request_id] = {"error": str(error) or repr(error)}
+                self._report(job.request_id, {"error": str(error) or repr(error)})
+
+    def _report(self, request_id: str, report: dict[str, Any]) -> None:
+        if self._model.is_first_rank:  # it alone writes chunks; blends are alike on all
+            self.reports[request_id] = report
 
     def close(self) -> None:
         """Close the store."""
@@ -127,10 +138,10 @@ class WorkerHalf:
             if stats.decision != "blend":
                 layout = PromptLayout.build(len(job.token_ids), prefix=job.hit)
         stats.load = time.perf_counter() - started
-        chosen = None if unreadable else self._choices.find(job, layout.matched)
+        chosen = None if unreadable else self._choices.repeat(job, layout.matched, forward)
         result = blend(forward, layout, job.config, chosen)
         if chosen is None and not unreadable:
-            self._choices.add(job, result.recomputed)
+            self._choices.add(job, result.recomputed, forward)
         stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)
         stats.recomputed_tokens = len(result.recomputed)
         stats.reused_tokens = len(layout.matched) - len(result.recomputed)

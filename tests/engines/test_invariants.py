@@ -49,6 +49,8 @@ def test_recomputing_more_comes_closer(case: Case, policy: str) -> None:
 class _RandomChoice:
     """A policy that chooses anything it may."""
 
+    reads_question = True
+
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 

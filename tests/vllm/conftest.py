@@ -1,0 +1,199 @@
+"""Real vLLM on the CPU, in this process, in float32, with its KV cache poisoned."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+# Read by vLLM when it is imported. One process: tests reach into scheduler and worker.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)
+pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
+
+from cacheblend_rag import BlendConfig
+from cacheblend_rag.engines.vllm import VllmEngine
+
+BLEND = BlendConfig(mode="blend")
+PRIMER = "Some passages follow.\n\n"
+# Head size 32 and up is what vLLM's attention takes on CPU.
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
+
+@dataclasses.dataclass
+class Running:
+    """An engine and what it was opened with."""
+
+    engine: VllmEngine
+    key: object
+
+
+class Engines:
+    """One engine at a time: vLLM keeps its connector in a global of the process."""
+
+    def __init__(self) -> None:
+        self._running: Running | None = None
+
+    def get(self, model: str, store: Path | None = None, **changes: Any) -> VllmEngine:
+        """An engine with these settings: the one that runs, if it has them."""
+        key = (model, store, repr(changes))
+        if self._running is None or self._running.key != key:
+            self.close()
+            self._running = Running(open_engine(model, store, **changes), key)
+        return self._running.engine
+
+    def close(self) -> None:
+        """End the one that runs."""
+        if self._running is not None:
+            self._running.engine.close()
+            self._running = None
+
+
+def open_engine(model: str, store: Path | None = None, **changes: Any) -> VllmEngine:
+    """An engine in float32; ``engine_args`` are added to eager mode and a short context."""
+    engine_args = {"enforce_eager": True, "max_model_len": 2048, **changes.pop("engine_args", {})}
+    settings: dict[str, Any] = {
+        "blend": BLEND,
+        "dtype": "float32",
+        "device": "auto",
+        "primer": PRIMER,
+        "namespace": "test",
+        **changes,
+    }
+    engine = VllmEngine(model, store=None if store is None else str(store), engine_args=engine_args, **settings)
+    poison(engine)
+    return engine
+
+
+def runner(engine: VllmEngine) -> Any:
+    """The model runner of an engine in this process."""
+    return engine._thread.engine.model_executor.driver_worker.worker.model_runner
+
+
+def scheduler(engine: VllmEngine) -> Any:
+    """The scheduler of an engine in this process."""
+    return engine._thread.engine.engine_core.engine_core.scheduler
+
+
+def connectors(engine: VllmEngine) -> tuple[Any, Any]:
+    """The connector in the scheduler, and that in the worker."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return scheduler(engine).connector, get_kv_transfer_group()
+
+
+def poison(engine: VllmEngine) -> None:
+    """Make every slot that is read before it is written show. Not with NaN: vLLM's kernel multiplies what lies behind
+    the end of a block by zero."""
+    for cache in runner(engine).kv_caches:
+        cache[1:].fill_(1e4)
+
+
+def forget_prefixes(engine: VllmEngine) -> None:
+    """Empty vLLM's prefix cache, and poison what was in it."""
+    assert scheduler(engine).reset_prefix_cache()
+    poison(engine)
+
+
+@dataclasses.dataclass
+class Case:
+    """An engine and the texts that are warm."""
+
+    engine: VllmEngine
+    chunks: list[str]
+
+    def prompt(self, seed: int, *, chunks: int = 4) -> str:
+        """Some of the chunks in random order, the second without its head, with something around each of them."""
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(self.chunks))[:chunks]
+        passages = [self.chunks[n][25 if i == 1 else 0 :] for i, n in enumerate(order)]
+        parts = [f"Passage {i}: {text}\n\n" for i, text in enumerate(passages)]
+        return (
+            "Read these passages, then answer.\n"
+            + "".join(parts)
+            + f"Question {seed}: what comes next, and why?\nAnswer:"
+        )
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt."""
+        return self.engine._prompt_ids(prompt)
+
+    def logits(self, prompt: str | list[int], **blend: Any) -> torch.Tensor:
+        """Logits of the first token, float32 ``[vocabulary]``, with nothing in the prefix cache."""
+        forget_prefixes(self.engine)
+        with recorded_logits(self.engine) as logits:
+            answer = self.engine.generate(prompt, max_tokens=1, blend=blend)
+        assert answer.stats.reason != "blending failed, see the log"
+        (found,) = logits
+        return found[0]
+
+
+@contextlib.contextmanager
+def recorded_logits(engine: VllmEngine) -> Iterator[list[torch.Tensor]]:
+    """The logits of every step of the engine."""
+    model = runner(engine).model
+    found: list[torch.Tensor] = []
+    compute = model.compute_logits
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits: torch.Tensor = compute(*args, **kwargs)
+        found.append(logits.float().clone())
+        return logits
+
+    model.compute_logits = record
+    try:
+        yield found
+    finally:
+        del model.compute_logits
+
+
+def random_text(seed: int, length: int) -> str:
+    """Random words of random letters."""
+    rng = np.random.default_rng(seed)
+    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz      ,."), size=length)
+    return "".join(letters)
+
+
+CHUNKS = [random_text(seed, 130 + 10 * seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    """Opens engines, one at a time."""
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[..., str]) -> str:
+    """A small random Llama."""
+    return make_model("llama3-scaled", **WIDE)
+
+
+@pytest.fixture
+def case(engines: Engines, model: str) -> Case:
+    """The small random Llama, six chunks warm, nothing in the prefix cache."""
+    engine = engines.get(model)
+    engine.warm(CHUNKS)
+    forget_prefixes(engine)
+    return Case(engine, CHUNKS)

@@ -1,0 +1,258 @@
+"""What blended prompts share through vLLM's prefix cache, and what nobody must find there (I3)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cacheblend_rag import BlendConfig
+from cacheblend_rag.chunks import ChunkScope, ModelFingerprint
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.vllm.isolation import BlockHashes, Salts
+
+from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, random_text, scheduler
+
+BLOCK = 32
+SYSTEM = "You answer from passages, and only from those. " + random_text(77, 150) + "\n"
+
+
+@pytest.fixture
+def case(engines: Engines, model: str) -> Case:
+    engine = engines.get(model, engine_args={"block_size": BLOCK})
+    engine.warm(CHUNKS)
+    forget_prefixes(engine)
+    return Case(engine, CHUNKS)
+
+
+def prompt(question: str, *numbers: int) -> str:
+    passages = "\n".join(f"Passage: {CHUNKS[n]}" for n in numbers)
+    return f"{SYSTEM}{passages}\nQuestion: {question}\nAnswer:"
+
+
+def test_a_system_prompt_is_shared_with_everybody(case: Case) -> None:
+    blended = case.engine.generate(prompt("What of it?", 0, 1), max_tokens=1)
+    other = case.engine.generate(prompt("And this?", 2, 3), max_tokens=1)
+    plain = case.engine.generate(prompt("What of it?", 0, 1), max_tokens=1, blend={"mode": "off"})
+    whole_blocks = len(SYSTEM) // BLOCK * BLOCK
+    assert blended.stats.prefix_tokens == 0
+    assert (other.stats.decision, other.stats.prefix_tokens) == ("blend", whole_blocks)
+    assert (plain.stats.decision, plain.stats.prefix_tokens) == ("prefix", whole_blocks)
+
+
+def test_a_repeat_finds_all_its_full_blocks(case: Case) -> None:
+    text = prompt("What of it?", 0, 1)
+    first = case.engine.generate(text, max_tokens=6, logprobs=3)
+    again = case.engine.generate(text, max_tokens=6, logprobs=3)
+    assert again.stats.prefix_tokens == (len(text) - 1) // BLOCK * BLOCK
+    assert again.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_the_second_turn_finds_the_first(case: Case, policy: str) -> None:
+    first = prompt("What of it?", 0, 1)
+    answer = case.engine.generate(first, max_tokens=40, blend={"policy": policy})
+    second = case.ids(first) + answer.token_ids + case.ids("\nQuestion: And then?\nAnswer:")
+    turn = case.engine.generate(second, max_tokens=1, blend={"policy": policy})
+    # The last generated token's KV is not there yet when the first turn ends.
+    whole_blocks = (len(first) + len(answer.token_ids) - 1) // BLOCK * BLOCK
+    assert turn.stats.prefix_tokens == whole_blocks
+    assert turn.stats.reason == "goes on from blended blocks in the prefix cache"
+
+
+def test_a_second_turn_with_new_passages_goes_on_from_the_first(case: Case) -> None:
+    first = prompt("What of it?", 0, 1)
+    answer = case.engine.generate(first, max_tokens=40)
+    more = f"\nPassage: {CHUNKS[4]}\nQuestion: And then?\nAnswer:"
+    turn = case.engine.generate(case.ids(first) + answer.token_ids + case.ids(more), max_tokens=1)
+    assert turn.stats.prefix_tokens == (len(first) + len(answer.token_ids) - 1) // BLOCK * BLOCK
+    assert turn.stats.decision == "blend"
+    assert turn.stats.reused_tokens > 0.7 * len(CHUNKS[4])
+
+
+def test_only_policies_that_read_the_question_keep_questions_apart(case: Case) -> None:
+    def hit(policy: str) -> int:
+        forget_prefixes(case.engine)
+        case.engine.generate(prompt("What of it?", 0, 1), max_tokens=1, blend={"policy": policy})
+        other = case.engine.generate(prompt("Who was there?", 0, 1), max_tokens=1, blend={"policy": policy})
+        return other.stats.prefix_tokens
+
+    assert hit("query_aware") == len(SYSTEM) // BLOCK * BLOCK
+    assert hit("hkvd") >= len(prompt("", 0, 1)) // BLOCK * BLOCK - BLOCK
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"recompute_ratio": 0.4}, {"policy": "hkvd"}, {"policy": "hkvd", "check_layers": [2]}, {"mode": "off"}],
+    ids=str,
+)
+def test_other_settings_never_meet(case: Case, change: dict[str, Any]) -> None:
+    text = prompt("What of it?", 0, 1)
+    alone = case.engine.generate(text, max_tokens=6, logprobs=3, blend=change)
+    forget_prefixes(case.engine)
+    case.engine.generate(text, max_tokens=6)
+    after = case.engine.generate(text, max_tokens=6, logprobs=3, blend=change)
+    assert after.stats.prefix_tokens == len(SYSTEM) // BLOCK * BLOCK
+    assert after.token_ids == alone.token_ids
+
+
+def test_generated_blocks_are_kept_apart_too(case: Case) -> None:
+    """A prompt shorter than a block: its first full block is filled by what is generated."""
+    engine = case.engine
+    short = random_text(500, 24)
+    engine.warm([short])
+    text = short[:20] + "a?"
+    blended = engine.generate(text, max_tokens=60, blend={"recompute_ratio": 0.0}, logprobs=3)
+    assert blended.stats.decision == "blend"
+    whole = case.ids(text) + blended.token_ids
+    plain = engine.generate(whole, max_tokens=2, blend={"mode": "off"})
+    assert plain.stats.prefix_tokens == 0
+
+
+def test_exact_blocks_that_vanish_before_scheduling_are_not_replaced_by_blended_ones(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At arrival the first passage is in the prefix cache, exactly; when the request is scheduled, it is not."""
+    engine = case.engine
+    text = prompt("What of it?", 0, 1)
+    plain = engine.generate(text, max_tokens=4, logprobs=3, blend={"mode": "off"})
+    cut = text.index(CHUNKS[1])
+    forget_prefixes(engine)
+    engine.generate(text[:cut], max_tokens=1, blend={"mode": "off"})  # leaves the exact first passage behind
+    half = connectors(engine)[0]._scheduler
+    arrive = half.new_request
+
+    def arrive_and_forget(request: Any) -> None:
+        arrive(request)
+        assert half._plans[request.request_id].first_salted >= (cut - 40) // BLOCK
+        assert scheduler(engine).kv_cache_manager.reset_prefix_cache()
+
+    monkeypatch.setattr(half, "new_request", arrive_and_forget)
+    auto = {"mode": "auto", "min_reused_tokens": 1}
+    blended = engine.generate(text, max_tokens=4, blend=auto)
+    monkeypatch.undo()
+    assert (blended.stats.decision, blended.stats.prefix_tokens) == ("blend", 0)
+    after = engine.generate(text, max_tokens=4, logprobs=3, blend={"mode": "off"})
+    assert after.logprobs == plain.logprobs
+
+
+def test_auto_uses_exact_blocks_first_and_never_writes_them(case: Case) -> None:
+    engine = case.engine
+    text = prompt("What of it?", 0, 1)
+    auto = {"mode": "auto", "min_reused_tokens": 1}
+    plain = engine.generate(text, max_tokens=4, logprobs=3, blend={"mode": "off"})
+    whole = (len(text) - 1) // BLOCK * BLOCK
+    exact = engine.generate(text, max_tokens=4, logprobs=3, blend=auto)
+    assert (exact.stats.decision, exact.stats.prefix_tokens) == ("prefix", whole)
+    assert exact.token_ids == plain.token_ids
+    forced = engine.generate(text, max_tokens=4)  # mode="blend" blends what it could have had from the cache
+    assert (forced.stats.decision, forced.stats.prefix_tokens) == ("blend", len(SYSTEM) // BLOCK * BLOCK)
+    assert engine.generate(text, max_tokens=4, logprobs=3, blend={"mode": "off"}).logprobs == plain.logprobs
+
+
+def test_random_traffic_leaves_plain_answers_alone(case: Case) -> None:
+    """Plain and blended prompts over the same passages in random order: plain ones are as if they were alone."""
+    rng = random.Random(0)
+    texts = [prompt(f"Number {n}?", *rng.sample(range(6), 3)) for n in range(4)]
+    alone = []
+    for text in texts:
+        forget_prefixes(case.engine)
+        alone.append(case.engine.generate(text, max_tokens=4, logprobs=3, blend={"mode": "off"}))
+    forget_prefixes(case.engine)
+    for _ in range(40):
+        n = rng.randrange(4)
+        mode = rng.choice(["off", "blend", "auto"])
+        settings = {"mode": mode, "recompute_ratio": rng.choice([0.0, 0.2]), "min_reused_tokens": 1}
+        answer = case.engine.generate(texts[n], max_tokens=4, logprobs=3, blend=settings)
+        if mode == "off":
+            assert answer.token_ids == alone[n].token_ids
+
+
+# Without an engine: hashes of requests, made by vLLM's own hasher.
+
+
+@pytest.fixture(scope="session")
+def make_request() -> Callable[[list[int]], Any]:
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(4, sha256)
+
+    def make(ids: list[int]) -> Any:
+        return Request("r", ids, SamplingParams(max_tokens=8), None, block_hasher=hasher)
+
+    return make
+
+
+@given(
+    ids=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    generated=st.lists(st.integers(0, 9), max_size=20),
+    share=st.floats(0, 1),
+    data=st.data(),
+)
+def test_salted_hashes_meet_no_plain_ones(
+    make_request: Callable[[list[int]], Any], ids: list[int], generated: list[int], share: float, data: st.DataObject
+) -> None:
+    """From the first blended block on all hashes differ, tokens generated later included; before it none does."""
+    first = int(share * (len(ids) - 1)) // 4
+    plain, salted, twin, resalted = (make_request(ids) for _ in range(4))
+    BlockHashes(salted).salt(first, "a")
+    BlockHashes(twin).salt(first, "a")
+    hashes = BlockHashes(resalted)
+    hashes.salt(first, "a")
+    earlier = data.draw(st.integers(0, first))
+    hashes.salt(earlier, "a")
+    for request in (plain, salted, twin, resalted):
+        request.append_output_token_ids(generated)
+        assert len(request.block_hashes) == (len(ids) + len(generated)) // 4
+    assert salted.block_hashes[:first] == plain.block_hashes[:first]
+    assert not set(salted.block_hashes[first:]) & set(plain.block_hashes)
+    assert salted.block_hashes == twin.block_hashes
+    assert resalted.block_hashes[:earlier] == plain.block_hashes[:earlier]
+    assert not set(resalted.block_hashes[earlier:]) & set(plain.block_hashes)
+
+
+def salts() -> Salts:
+    return Salts(ChunkScope("n", ModelFingerprint("", "", "", "", ""), ()), 4)
+
+
+def hashes_of(make_request: Callable[[list[int]], Any], ids: list[int]) -> tuple[bytes, ...]:
+    return BlockHashes(make_request(ids)).plain
+
+
+def test_a_spoilt_salt_is_not_chosen_again(make_request: Callable[[list[int]], Any]) -> None:
+    ids = list(range(30))
+    segments = [Segment(4, 20, "k", 0)]
+    chooser = salts()
+    arguments = (np.asarray(ids, np.int32), hashes_of(make_request, ids), segments, BlendConfig(), 1)
+    salt, _ = chooser.choose(*arguments)
+    assert chooser.choose(*arguments)[0] == salt
+    chooser.spoil(salt)
+    other, _ = chooser.choose(*arguments)
+    assert other != salt
+    assert chooser.choose(*arguments)[0] == other
+    chooser.spoil(other)
+    assert chooser.choose(*arguments)[0] not in (salt, other)
+
+
+def test_another_question_within_the_last_block_is_no_second_turn(make_request: Callable[[list[int]], Any]) -> None:
+    """The full blocks are the same, the prompt is not."""
+    segments = [Segment(4, 20, "k", 0)]
+    chooser = salts()
+
+    def choose(ids: list[int]) -> str:
+        plain = hashes_of(make_request, ids)
+        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)[0]
+
+    first = choose([*range(28), 1])
+    assert choose([*range(28), 2]) != first
+    assert choose([*range(28), 1, 5, 6, 7, 8, 9]) == first
+    assert choose([*range(28), 2, 5, 6, 7, 8, 9]) != first
