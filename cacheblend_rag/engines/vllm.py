@@ -69,7 +69,7 @@ class VllmEngine(Engine):
         config = self._thread.engine.vllm_config.model_config
         self.context_window = config.max_model_len
         self._vocabulary: int = config.get_vocab_size()
-        description = self._ask("describe", True)
+        (description,) = self._ask_all("describe", [[0]])
         self.num_layers = description["num_layers"]
         self.scope = wire.parse_scope(description)
         self._check_layers(blend)
@@ -165,9 +165,8 @@ class VllmEngine(Engine):
             elif completion.text:
                 yield StreamPiece(completion.text)
         # A stop string ends the answer before vLLM's scheduler knows: the stats are asked for then.
-        stats = wire.parse_stats(
-            wire.parse_answer(answer) if answer else self._ask("report", request_id), prompt_tokens
-        )
+        answer = answer or self._told(self._send_action("report", request_id, [0]))
+        stats = wire.parse_stats((answer or {}).get(wire.KEY), prompt_tokens)
         stats.match += tokenized
         stats.ttft = ttft
         self.counts[stats.decision] += 1
@@ -191,20 +190,18 @@ class VllmEngine(Engine):
             raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {self._vocabulary}")
         return [int(token) for token in prompt]
 
-    def _ask(self, action: Literal["describe", "report"], value: Any) -> dict[str, Any]:
-        """Ask the connector something, with a prompt that means nothing."""
-        return self._wait_for_answer(self._send_action(action, value, [0]))
-
-    def _ask_all(self, action: Literal["warm", "evict"], chunks: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
-        """Ask the connector to do something with each chunk."""
-        yield from map(self._wait_for_answer, [self._send_action(action, True, ids) for ids in chunks])
+    def _ask_all(self, action: Literal["describe", "warm", "evict"], prompts: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
+        """Ask the connector to do something with each prompt."""
+        yield from map(wire.parse_answer, map(self._told, [self._send_action(action, True, ids) for ids in prompts]))
 
     def _send_action(self, action: str, value: Any, ids: list[int]) -> Iterator[Output]:
         return self._send(self._new_id(), ids, SamplingParams(max_tokens=1), wire.action_params(action, value))
 
-    def _wait_for_answer(self, outputs: Iterator[Output]) -> dict[str, Any]:
+    def _told(self, outputs: Iterator[Output]) -> dict[str, Any] | None:
+        """What the connector says of a request, once it has finished."""
         *_, last = outputs
-        return wire.parse_answer(last.value.kv_transfer_params)
+        told: dict[str, Any] | None = last.value.kv_transfer_params
+        return told
 
     def _send(self, request_id: str, ids: list[int], params: SamplingParams, extra: dict[str, Any]) -> Iterator[Output]:
         from vllm import SamplingParams as VllmSamplingParams

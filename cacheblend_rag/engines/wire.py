@@ -49,11 +49,12 @@ def parse_stats(answer: Mapping[str, Any] | None, prompt_tokens: int) -> BlendSt
     """Stats of a response; fields that another version sends besides are left out.
 
     Args:
-        answer: The connector's part of the response; None if it was lost.
+        answer: The connector's part of the response, or what it reported later; None, or an error, if it is lost.
         prompt_tokens: Tokens in the prompt.
     """
     if answer is None or "decision" not in answer:
-        return BlendStats(prompt_tokens, missed_tokens=prompt_tokens, reason="the engine told nothing of this request")
+        reason = "the engine could not tell how this prompt was read"
+        return BlendStats(prompt_tokens, missed_tokens=prompt_tokens, reason=reason)
     known = {field.name for field in dataclasses.fields(BlendStats)}
     return BlendStats(**{name: value for name, value in answer.items() if name in known})
 

@@ -140,7 +140,9 @@ class SchedulerHalf:
 
     def matched_tokens(self, request: Any, hit: int) -> int:
         """How many tokens after the ``hit`` first ones the workers will fill in."""
-        plan = self._plans[request.request_id]
+        plan = self._plans.get(request.request_id)
+        if plan is None:  # its arrival failed
+            return 0
         plan.stats.prefix_tokens = hit
         plan.stats.missed_tokens = len(plan.ids) - hit
         if not plan.segments:
@@ -164,7 +166,9 @@ class SchedulerHalf:
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
-        plan = self._plans[request.request_id]
+        plan = self._plans.get(request.request_id)
+        if plan is None:
+            return
         plan.block_ids = block_ids
         if filled_in:
             hit = len(plan.ids) - 1 - filled_in
@@ -207,9 +211,11 @@ class SchedulerHalf:
         for request_id in self._box.keys() - self._plans.keys():
             del self._box[request_id]  # of requests that were aborted
 
-    def finished(self, request: Any) -> dict[str, Any]:
+    def finished(self, request: Any) -> dict[str, Any] | None:
         """What goes out with the response, for ``kv_transfer_params``."""
-        plan = self._plans.pop(request.request_id)
+        plan = self._plans.pop(request.request_id, None)
+        if plan is None:
+            return None
         report = self._box.pop(request.request_id, None)
         if plan.params.action != "generate":
             ours = plan.answer if plan.answer is not None else self._warm_answer(plan, report)
@@ -241,7 +247,6 @@ class SchedulerHalf:
             layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
             plan.stats.decision, plan.stats.reason = decide(layout, config)
             if plan.stats.decision == "blend":
-                plan.segments = tuple(segments)
                 plan.hashes = BlockHashes(request)
                 first_block = _first_loaded(layout) // self._block_size
                 plan.salt, plan.first_salted = self._salts.choose(
@@ -252,6 +257,7 @@ class SchedulerHalf:
                     # The blended blocks of an earlier prompt are gone, but exact ones reach further.
                     plan.first_salted = first_block
                     plan.hashes.salt(first_block, plan.salt)
+                plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
 
     def _cached_tokens(self, request: Any) -> int:
         """Leading tokens of the prompt that the prefix cache has. The last one is never among them."""
@@ -318,8 +324,8 @@ class SchedulerHalf:
 
     def _stats(self, plan: _Plan, report: dict[str, Any] | None) -> BlendStats:
         stats = plan.stats
-        now = time.time()
-        first_token_at = plan.first_token_at or now
+        answered = plan.request.num_output_tokens > 0
+        first_token_at = plan.first_token_at or time.time()
         if report is not None:
             finished_at = report.pop("finished_at")
             stats = BlendStats(**{**report, "match": stats.match})
@@ -329,9 +335,13 @@ class SchedulerHalf:
                 self._salts.spoil(plan.salt)
             self.metrics.count("chunk_faults", stats.faults)
             self.metrics.count("blend_faults", int(stats.decision == "prefill" and stats.faults == 0))
-        if plan.request.num_output_tokens:
+        elif stats.decision == "blend" and answered:  # promised, but a hook failed on the way
+            stats.decision, stats.reason = "prefill", "blending failed, see the log"
+            self._salts.spoil(plan.salt)
+            self.metrics.count("blend_faults")
+        if answered:
             stats.ttft = first_token_at - plan.request.arrival_time
-        self.metrics.observe(stats)
+            self.metrics.observe(stats)
         return stats
 
 

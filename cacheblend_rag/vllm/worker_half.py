@@ -31,6 +31,7 @@ _REMEMBERED = 2048  # choices
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     hit: int
+    first: int
     length: int
     positions: torch.Tensor
     deviation_passes: list[tuple[torch.Tensor, int]]
@@ -53,16 +54,19 @@ class _Choices:
         """
         for prompt in (job.token_ids.tobytes(), b""):
             choice = self._known.get((job.salt, prompt))
-            if choice is not None and choice.hit <= job.hit and bool((matched < choice.length).all()):
+            # With all matched tokens still to be blended, the policy makes the same choice by itself.
+            if choice is not None and choice.hit <= job.hit and choice.first < job.hit and matched[-1] < choice.length:
                 for rows, layer in choice.deviation_passes:
                     if len(rows := rows[rows >= job.hit]):
                         forward.deviations(rows, layer)
                 return choice.positions[torch.isin(choice.positions, matched)]
         return None
 
-    def add(self, job: BlendJob, positions: torch.Tensor, forward: PagedForward) -> None:
+    def add(self, job: BlendJob, matched: torch.Tensor, positions: torch.Tensor, forward: PagedForward) -> None:
         """Remember a choice: for this prompt, and for those that begin with it, which have its salt."""
-        choice = _Choice(job.hit, len(job.token_ids), positions, forward.deviation_passes)
+        if not len(matched):
+            return
+        choice = _Choice(job.hit, int(matched[0]), len(job.token_ids), positions, forward.deviation_passes)
         self._known[job.salt, job.token_ids.tobytes()] = choice
         self._known.setdefault((job.salt, b""), choice)
         while len(self._known) > _REMEMBERED:
@@ -141,7 +145,7 @@ class WorkerHalf:
         chosen = None if unreadable else self._choices.repeat(job, layout.matched, forward)
         result = blend(forward, layout, job.config, chosen)
         if chosen is None and not unreadable:
-            self._choices.add(job, result.recomputed, forward)
+            self._choices.add(job, layout.matched, result.recomputed, forward)
         stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)
         stats.recomputed_tokens = len(result.recomputed)
         stats.reused_tokens = len(layout.matched) - len(result.recomputed)

@@ -143,8 +143,7 @@ class Case:
         with recorded_logits(self.engine) as logits:
             answer = self.engine.generate(prompt, max_tokens=1, blend=blend)
         assert answer.stats.reason != "blending failed, see the log"
-        (found,) = logits
-        return found[0]
+        return logits[-1][0]  # of the last step: those before it end within the prompt
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.store import MemoryStore
-
 from cacheblend_rag.vllm.forward import PagedForward, run_rows
 
 from .conftest import CHUNKS, MOE, WIDE, Case, Engines, connectors, forget_prefixes

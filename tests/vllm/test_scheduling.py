@@ -1,0 +1,254 @@
+"""Blends among everything else that vLLM schedules: chunked prefill, preemption, concurrency, aborts, ``n > 1``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from cacheblend_rag import Generation
+from cacheblend_rag.vllm.forward import PagedForward
+
+from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, recorded_logits, scheduler
+
+BLOCK = 32
+TOLERANCE = 1e-4
+
+# One engine for most of this file: room for a few short prompts, but not for their answers, and steps far shorter than a prompt.
+TIGHT: dict[str, Any] = {
+    "block_size": BLOCK,
+    "max_model_len": 1024,
+    "num_gpu_blocks_override": 46,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+}
+
+
+@pytest.fixture
+def case(engines: Engines, model: str) -> Case:
+    engine = engines.get(model, engine_args=TIGHT)
+    engine.warm(CHUNKS)
+    forget_prefixes(engine)
+    return Case(engine, CHUNKS)
+
+
+@pytest.fixture
+def preemptions(case: Case) -> Iterator[list[str]]:
+    """The requests that were preempted."""
+    found: list[str] = []
+    owner = scheduler(case.engine)
+    preempt = owner._preempt_request
+
+    def count(request: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    owner._preempt_request = count
+    yield found
+    del owner._preempt_request
+
+
+def alone(case: Case, prompts: list[str], **settings: Any) -> list[Generation]:
+    """Each prompt by itself, with nothing in the prefix cache."""
+    answers = []
+    for prompt in prompts:
+        forget_prefixes(case.engine)
+        answers.append(case.engine.generate(prompt, **settings))
+    forget_prefixes(case.engine)
+    return answers
+
+
+def assert_alike(answers: list[Generation], expected: list[Generation]) -> None:
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.token_ids == other.token_ids
+        assert answer.logprobs is not None and other.logprobs is not None
+        for a, b in zip(answer.logprobs, other.logprobs, strict=True):
+            assert all(abs(a[token] - b[token]) < TOLERANCE for token in a.keys() & b.keys())
+
+
+def test_a_prompt_longer_than_a_step(case: Case) -> None:
+    """Blended tokens cost no budget of the step; passes are sliced to it, hkvd's first layers too."""
+    prompt = case.prompt(0)
+    plain = case.logits(prompt, mode="off")
+    longest = []
+    run = PagedForward._run
+
+    def watched(self: PagedForward, rows: torch.Tensor) -> torch.Tensor:
+        longest.append(len(rows))
+        return run(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PagedForward, "_run", watched)
+        for policy in ("hkvd", "query_aware"):
+            assert float((case.logits(prompt, recompute_ratio=1.0, policy=policy) - plain).abs().max()) < TOLERANCE
+            case.logits(prompt, recompute_ratio=0.3, policy=policy)
+    assert max(longest) == TIGHT["max_num_batched_tokens"] < len(prompt) / 8
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_slices_give_what_one_pass_gives(case: Case, policy: str) -> None:
+    prompt = case.prompt(1)
+    sliced = case.logits(prompt, recompute_ratio=0.3, policy=policy)
+    model = connectors(case.engine)[1]._worker._model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "max_rows", 4096)
+        whole = case.logits(prompt, recompute_ratio=0.3, policy=policy)
+    assert float((sliced - whole).abs().max()) < TOLERANCE
+
+
+def test_vllm_computes_one_token_of_a_blended_prompt(case: Case) -> None:
+    scheduled = []
+    connector = connectors(case.engine)[0]
+    build = connector.build_connector_meta
+
+    def watch(output: Any) -> Any:
+        scheduled.append(dict(output.num_scheduled_tokens))
+        return build(output)
+
+    connector.build_connector_meta = watch
+    try:
+        case.engine.generate(case.prompt(2), max_tokens=1)
+    finally:
+        del connector.build_connector_meta
+    assert [list(step.values()) for step in scheduled if step] == [[1]]
+
+
+def test_blended_and_plain_requests_in_one_step(engines: Engines, model: str) -> None:
+    """Three blended and three plain requests, sent together, answer as they do alone."""
+    engine = engines.get(model, engine_args={"block_size": BLOCK})
+    engine.warm(CHUNKS)
+    case = Case(engine, CHUNKS)
+    prompts = [case.prompt(seed) for seed in range(6)]
+    modes = ["blend", "off"] * 3
+    expected = [alone(case, [p], max_tokens=12, logprobs=3, blend={"mode": m})[0] for p, m in zip(prompts, modes)]
+    answers: dict[int, Generation] = {}
+    gate = threading.Barrier(6)
+
+    def ask(n: int) -> None:
+        gate.wait()
+        answers[n] = engine.generate(prompts[n], max_tokens=12, logprobs=3, blend={"mode": modes[n]})
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(6)]
+    with recorded_logits(engine) as steps:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert max(len(logits) for logits in steps) == 6  # they did run together
+    assert_alike([answers[n] for n in range(6)], expected)
+    assert ["blend" in answers[n].stats.decision for n in range(6)] == [True, False] * 3
+
+
+def test_preempted_requests_answer_as_they_do_alone(case: Case, preemptions: list[str]) -> None:
+    """More answers than the KV cache holds: some requests lose their blocks and are read again."""
+    prompts = [case.prompt(seed, chunks=1) for seed in range(8)]
+    settings = {"max_tokens": 150, "logprobs": 2}
+    expected = alone(case, prompts, **settings)
+    assert not preemptions
+    answers = case.engine.generate(prompts, **settings)
+    assert preemptions
+    assert_alike(answers, expected)
+
+
+def test_preempted_plain_requests_among_blended_ones(case: Case, preemptions: list[str]) -> None:
+    prompts = [case.prompt(seed, chunks=1) for seed in range(8)]
+    modes = [{"mode": mode} for mode in ("blend", "off") * 4]
+    settings = {"max_tokens": 150, "logprobs": 2}
+    expected = [alone(case, [p], blend=m, **settings)[0] for p, m in zip(prompts, modes, strict=True)]
+    with ThreadPoolExecutor(8) as pool:
+        futures = [
+            pool.submit(case.engine.generate, p, blend=m, **settings) for p, m in zip(prompts, modes, strict=True)
+        ]
+        answers = [future.result() for future in futures]
+    assert preemptions
+    assert_alike(answers, expected)
+
+
+def test_aborts_leave_nothing_behind(case: Case) -> None:
+    engine = case.engine
+    expected = alone(case, [case.prompt(3)], max_tokens=8, logprobs=3)
+    pool = scheduler(engine).kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    for seed in range(4):
+        stream = engine.stream(case.prompt(seed), max_tokens=200)
+        if seed:
+            next(stream)
+        stream.close()
+    assert_alike([engine.generate(case.prompt(3), max_tokens=8, logprobs=3)], expected)
+    assert pool.get_num_free_blocks() == free
+    assert not connectors(engine)[0]._scheduler._plans
+
+
+def test_an_abort_in_mid_blend(case: Case) -> None:
+    """The request is gone when its blend is done: as if a client hung up while the step was in flight."""
+    from vllm.v1.request import RequestStatus
+
+    engine = case.engine
+    owner = scheduler(engine)
+    worker = connectors(engine)[1]._worker
+    expected = alone(case, [case.prompt(4)], max_tokens=8, logprobs=3)
+    blend = worker.run_blends
+
+    def blend_and_hang_up(jobs: Any) -> bool:
+        done: bool = blend(jobs)
+        owner.finish_requests([job.request_id for job in jobs.blends], RequestStatus.FINISHED_ABORTED)
+        return done
+
+    free = owner.kv_cache_manager.block_pool.get_num_free_blocks()
+    worker.run_blends = blend_and_hang_up
+    try:
+        stream = engine.stream(case.prompt(4), max_tokens=8)
+        waiter = threading.Thread(target=lambda: next(stream), daemon=True)
+        waiter.start()
+        waiter.join(timeout=2)  # nobody answers an aborted request
+    finally:
+        del worker.run_blends
+    assert_alike([engine.generate(case.prompt(4), max_tokens=8, logprobs=3)], expected)
+    half = connectors(engine)[0]._scheduler
+    assert not half._plans
+    assert not half._box
+    assert owner.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_several_answers_to_one_prompt(case: Case) -> None:
+    """``n=3``: three requests of one prompt, the later ones on the first one's blended blocks."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = case.engine
+    prompt = case.prompt(5)
+    ids = case.ids(prompt)
+    (single,) = alone(case, [prompt], max_tokens=10, logprobs=3)
+    params = SamplingParams(
+        n=3,
+        top_k=1,
+        max_tokens=10,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={"kv_transfer_params": {"cacheblend": {"mode": "blend"}}},
+    )
+    *_, last = engine._thread.run("several", ids, params)
+    assert len(last.value.outputs) == 3
+    assert all(list(output.token_ids) == single.token_ids for output in last.value.outputs)
+    assert last.value.kv_transfer_params["cacheblend"]["decision"] in ("blend", "prefix")
+
+
+def test_warming_while_queries_are_served(case: Case) -> None:
+    engine = case.engine
+    expected = alone(case, [case.prompt(0)], max_tokens=60, logprobs=3)
+    new = [f"{n} {text}" for n, text in enumerate(CHUNKS)]
+    report: list[Any] = []
+    warming = threading.Thread(target=lambda: report.append(engine.warm(new)))
+    stream = engine.stream(case.prompt(0), max_tokens=60, logprobs=3)
+    first = next(stream)
+    warming.start()
+    *_, last = stream
+    warming.join()
+    assert first.generation is None and last.generation is not None
+    assert_alike([last.generation], expected)
+    assert report[0].stored == len(new)
+    assert engine.warm(new).already_there == len(new)
+    assert engine.evict(new) == len(new)
