@@ -6,7 +6,7 @@ import json
 import os
 import runpy
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -60,7 +60,7 @@ def serve(
             "on_unsupported": on_unsupported,
         }
     )
-    config, _ = load_config(model, resolve_model(model))
+    config = load_config(model, resolve_model(model))
     os.environ[NUM_LAYERS_VARIABLE] = str(config.get_text_config().num_hidden_layers)
     transfer = {
         "kv_connector": CONNECTOR,
@@ -84,10 +84,10 @@ def _check(arguments: list[str]) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from cacheblend_rag.vllm.compat import server_arguments
     from cacheblend_rag.vllm.plugin import register
     from cacheblend_rag.vllm.support import check_supported
 
     register()
-    parsed: Any
-    parsed, _ = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(arguments)
+    parsed = server_arguments()(FlexibleArgumentParser()).parse_args(arguments)
     check_supported(EngineArgs.from_cli_args(parsed).create_engine_config())

@@ -68,7 +68,7 @@ class SamplingParams:
 
 
 class Engine(abc.ABC):
-    """A model, a chunk store, and the blend of both. Calls from several threads are served one after the other.
+    """A model, a chunk store, and the blend of both. Threads may share it.
 
     Attributes:
         model_name: What the user called the model.

@@ -11,8 +11,8 @@ from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.errors import ConfigError
 
 
-def resolve_model(name: str) -> Path:
-    """The directory of a model, downloaded if it is a hub id.
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """The directory of a model, downloaded if it is a hub id, of a revision unless that is None.
 
     Raises:
         ConfigError: there is no such model.
@@ -26,25 +26,37 @@ def resolve_model(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
+        wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         raise ConfigError(f"model {name!r} is no directory and no hub model in reach: {first_line(error)}") from error
 
 
-def load_config(name: str, directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
-    """Config and tokenizer of a model.
+def load_config(name: str, directory: Path) -> PreTrainedConfig:
+    """The config of a model.
 
     Raises:
-        ConfigError: the directory holds no transformers model with a fast tokenizer.
+        ConfigError: the directory holds no transformers model.
     """
     try:
-        config = AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name!r} is not a transformers model: {first_line(error)}") from error
+
+
+def load_tokenizer(name: str, directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model.
+
+    Raises:
+        ConfigError: the directory holds no fast tokenizer.
+    """
+    try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError("it has no fast tokenizer (tokenizer.json)")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name!r} is not a transformers model: {first_line(error)}") from error
-    return config, tokenizer
+    return tokenizer
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:

@@ -227,7 +227,7 @@ class ServerEngine(Engine):
         return self._finish(answer, told, params)
 
     def _finish(self, answer: _Answer, told: Mapping[str, Any] | None, params: SamplingParams) -> Generation:
-        stats = wire.parse_stats((told or {}).get(wire.KEY), answer.prompt_tokens)
+        stats = wire.parse_stats((told or {}).get(wire.PARAMS_KEY), answer.prompt_tokens)
         if answer.streamed:
             stats.ttft = answer.ttft
         self.counts[stats.decision] += 1
@@ -291,7 +291,7 @@ class _Answer:
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        self.request_id: str = request["extra_body"]["kv_transfer_params"][wire.KEY]["id"]
+        self.request_id: str = request["extra_body"]["kv_transfer_params"][wire.PARAMS_KEY]["id"]
         self.streamed = bool(request.get("stream"))
         self.text = ""
         self.token_ids: list[int] = []

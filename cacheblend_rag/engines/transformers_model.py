@@ -17,7 +17,7 @@ from transformers import (
 
 from cacheblend_rag.chunks import ModelFingerprint
 from cacheblend_rag.engines.fingerprint import fingerprint_model
-from cacheblend_rag.engines.model_files import first_line, load_config, resolve_model
+from cacheblend_rag.engines.model_files import first_line, load_config, load_tokenizer, resolve_model
 from cacheblend_rag.engines.transformers_probe import probe_model
 from cacheblend_rag.errors import ConfigError
 
@@ -70,7 +70,8 @@ def load_model(name: str, *, dtype: str, device: str, model_args: dict[str, Any]
         UnsupportedModelError: it can't be blended; the message gives the reason.
     """
     directory = resolve_model(name)
-    config, tokenizer = load_config(name, directory)
+    config = load_config(name, directory)
+    tokenizer = load_tokenizer(name, directory)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **model_args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 import uuid
@@ -12,8 +13,14 @@ from typing import Any, Literal
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
-from cacheblend_rag.engines.model_files import first_line, load_config, resolve_model, tokenize_chunk, tokenize_prompt
-from cacheblend_rag.engines.vllm_thread import EngineThread, Output
+from cacheblend_rag.engines.model_files import (
+    first_line,
+    load_tokenizer,
+    resolve_model,
+    tokenize_chunk,
+    tokenize_prompt,
+)
+from cacheblend_rag.engines.vllm_thread import EngineThread, Request
 from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
@@ -53,7 +60,8 @@ class VllmEngine(Engine):
         self.model_name = model
         self.blend = blend
         self.counts: Counter[str] = Counter()
-        _, self._tokenizer = load_config(model, resolve_model(model))
+        revision = engine_args.get("revision")
+        self._tokenizer = load_tokenizer(model, resolve_model(model, revision))
         arguments = dict(engine_args)
         settings = ConnectorSettings.parse(
             {
@@ -69,10 +77,14 @@ class VllmEngine(Engine):
         config = self._thread.engine.vllm_config.model_config
         self.context_window = config.max_model_len
         self._vocabulary: int = config.get_vocab_size()
-        (description,) = self._ask_all("describe", [[0]])
-        self.num_layers = description["num_layers"]
-        self.scope = wire.parse_scope(description)
-        self._check_layers(blend)
+        try:
+            (description,) = self._ask_all("describe", [[0]])
+            self.num_layers = description["num_layers"]
+            self.scope = wire.parse_scope(description)
+            self._check_layers(blend)
+        except BaseException:
+            self.close()
+            raise
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. Chunks are prefilled in vLLM's own batches."""
@@ -118,56 +130,63 @@ class VllmEngine(Engine):
 
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
         """All prompts wait in vLLM together: it batches them."""
-        streams = [self._begin(prompt, config, params) for prompt in prompts]
+        encoded = [self._encode(prompt, params) for prompt in prompts]
+        sent = [self._begin(ids, seconds, config, params) for ids, seconds in encoded]
         answers = []
-        for stream in streams:
-            *_, last = stream
-            assert last.generation is not None  # a stream ends with one
-            answers.append(last.generation)
+        try:
+            for answer in sent:
+                *_, last = self._collect(answer)
+                assert last.generation is not None  # a stream ends with one
+                answers.append(last.generation)
+        finally:
+            for answer in sent:
+                answer.request.close()
         return answers
 
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
-        yield from self._begin(prompt, config, params)
+        answer = self._begin(*self._encode(prompt, params), config, params)
+        try:
+            yield from self._collect(answer)
+        finally:
+            answer.request.close()
 
-    def _begin(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
-        """Send a prompt to vLLM at once; its pieces come later."""
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], float]:
+        """Token ids of a prompt that fits, and the seconds it took."""
         started = time.perf_counter()
         ids = self._prompt_ids(prompt)
         self._check_length(len(ids), params.max_tokens)
-        tokenized = time.perf_counter() - started
-        request_id = self._new_id()
-        outputs = self._send(request_id, ids, params, wire.blend_params(config, request_id))
-        return self._collect(request_id, len(ids), outputs, params, started, tokenized)
+        return ids, time.perf_counter() - started
 
-    def _collect(
-        self,
-        request_id: str,
-        prompt_tokens: int,
-        outputs: Iterator[Output],
-        params: SamplingParams,
-        started: float,
-        tokenized: float,
-    ) -> Iterator[StreamPiece]:
+    def _begin(self, ids: list[int], seconds: float, config: BlendConfig, params: SamplingParams) -> _Sent:
+        started = time.perf_counter() - seconds
+        request_id = self._new_id()
+        request = self._send(request_id, ids, params, wire.blend_params(config, request_id))
+        return _Sent(request, request_id, len(ids), params, started, seconds)
+
+    def _collect(self, sent: _Sent) -> Iterator[StreamPiece]:
         text, token_ids, ttft, answer = "", list[int](), 0.0, None
         logprobs: list[dict[int, float]] = []
         finish_reason: FinishReason = "length"
-        for output in outputs:
+        last = ""
+        for output in sent.request:
             completion = output.value.outputs[0]
-            ttft = ttft or output.at - started
+            ttft = ttft or output.at - sent.started
             text += completion.text
             token_ids += completion.token_ids
             for entry in completion.logprobs or []:
                 logprobs.append({token: found.logprob for token, found in entry.items()})
             if output.value.finished:
+                if completion.finish_reason not in ("stop", "length"):
+                    raise CacheBlendError(f"vLLM ended the request: {completion.finish_reason}, see its log")
                 finish_reason = "stop" if completion.finish_reason == "stop" else "length"
                 answer = output.value.kv_transfer_params
                 last = completion.text
             elif completion.text:
                 yield StreamPiece(completion.text)
         # A stop string ends the answer before vLLM's scheduler knows: the stats are asked for then.
-        answer = answer or self._told(self._send_action("report", request_id, [0]))
-        stats = wire.parse_stats((answer or {}).get(wire.KEY), prompt_tokens)
-        stats.match += tokenized
+        answer = answer or self._told(self._send_action("report", sent.request_id, [0]))
+        stats = wire.parse_stats((answer or {}).get(wire.PARAMS_KEY), sent.prompt_tokens)
+        stats.match += sent.tokenized
         stats.ttft = ttft
         self.counts[stats.decision] += 1
         self.counts["chunk_fault"] += stats.faults
@@ -177,7 +196,7 @@ class VllmEngine(Engine):
                 text=text,
                 token_ids=token_ids,
                 finish_reason=finish_reason,
-                logprobs=logprobs if params.logprobs is not None else None,
+                logprobs=logprobs if sent.params.logprobs is not None else None,
                 stats=stats,
             ),
         )
@@ -190,24 +209,31 @@ class VllmEngine(Engine):
             raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {self._vocabulary}")
         return [int(token) for token in prompt]
 
-    def _ask_all(self, action: Literal["describe", "warm", "evict"], prompts: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
+    def _ask_all(
+        self, action: Literal["describe", "warm", "evict"], prompts: Sequence[list[int]]
+    ) -> Iterator[dict[str, Any]]:
         """Ask the connector to do something with each prompt."""
-        yield from map(wire.parse_answer, map(self._told, [self._send_action(action, True, ids) for ids in prompts]))
+        sent = [self._send_action(action, True, ids) for ids in prompts]
+        try:
+            yield from map(wire.parse_answer, map(self._told, sent))
+        finally:
+            for request in sent:
+                request.close()
 
-    def _send_action(self, action: str, value: Any, ids: list[int]) -> Iterator[Output]:
+    def _send_action(self, action: str, value: Any, ids: list[int]) -> Request:
         return self._send(self._new_id(), ids, SamplingParams(max_tokens=1), wire.action_params(action, value))
 
-    def _told(self, outputs: Iterator[Output]) -> dict[str, Any] | None:
+    def _told(self, request: Request) -> dict[str, Any] | None:
         """What the connector says of a request, once it has finished."""
-        *_, last = outputs
+        *_, last = request
         told: dict[str, Any] | None = last.value.kv_transfer_params
         return told
 
-    def _send(self, request_id: str, ids: list[int], params: SamplingParams, extra: dict[str, Any]) -> Iterator[Output]:
+    def _send(self, request_id: str, ids: list[int], params: SamplingParams, extra: dict[str, Any]) -> Request:
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        return self._thread.run(
+        return self._thread.send(
             request_id,
             ids,
             VllmSamplingParams(
@@ -227,6 +253,16 @@ class VllmEngine(Engine):
         return f"{self._name}-{next(self._numbers)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    request: Request
+    request_id: str
+    prompt_tokens: int
+    params: SamplingParams
+    started: float
+    tokenized: float
+
+
 def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSettings, arguments: dict[str, Any]) -> Any:
     """VLLM's engine.
 
@@ -235,6 +271,7 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
         UnsupportedModelError: the model can't be blended.
     """
     from vllm import EngineArgs
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -253,15 +290,16 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
         )
         vllm_config = engine_args.create_engine_config()
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM can't be set up for {model!r}: {first_line(error)}") from error
+        raise ConfigError(f"vLLM can't be set up for {model!r}: {' '.join(str(error).split())}") from error
     if settings.on_unsupported == "refuse":
         check_supported(vllm_config)
     try:
         return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=engine_args.disable_log_stats)
-    except CacheBlendError:
+    except Exception as error:
+        ensure_kv_transfer_shutdown()  # vLLM keeps the connector of a failed start, and would use it for the next engine
+        if isinstance(error, RuntimeError | ValueError) and not isinstance(error, CacheBlendError):
+            raise CacheBlendError(f"vLLM can't start with {model!r}: {first_line(error)}") from error
         raise
-    except (RuntimeError, ValueError) as error:
-        raise CacheBlendError(f"vLLM can't start with {model!r}: {first_line(error)}") from error
 
 
 def _store_settings(store: ChunkStore | str | None) -> dict[str, Any]:
@@ -269,7 +307,7 @@ def _store_settings(store: ChunkStore | str | None) -> dict[str, Any]:
     if store is None or isinstance(store, str):
         return {"store": store}
     if isinstance(store, MemoryStore):
-        return {"memory_bytes": store.max_bytes}
+        return {"memory_bytes": store.max_bytes, "max_bytes": store.max_bytes}
     disk = store.disk if isinstance(store, TieredStore) else store
     if not isinstance(disk, DiskStore):
         raise ConfigError(f"the vLLM engine opens its store itself: give a directory instead of {store!r}")

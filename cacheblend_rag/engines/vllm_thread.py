@@ -15,8 +15,6 @@ from typing import Any
 
 from cacheblend_rag.errors import CacheBlendError
 
-_STOP = object()
-
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -31,20 +29,51 @@ class Output:
     value: Any
 
 
+class Request:
+    """A request on its way: iterating yields its outputs as they come, the last one finished."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self._request_id = request_id
+        self._abort = abort
+        self._arrived: queue.SimpleQueue[Output | BaseException] = queue.SimpleQueue()
+        self._ended = False
+
+    def put(self, output: Output | BaseException) -> None:
+        """Called by the engine's thread."""
+        self._arrived.put(output)
+
+    def __iter__(self) -> Iterator[Output]:
+        while not self._ended:
+            output = self._arrived.get()
+            if isinstance(output, BaseException):
+                self._ended = True
+                raise output
+            self._ended = output.value.finished
+            yield output
+
+    def close(self) -> None:
+        """Abort the request, unless it has ended."""
+        if not self._ended:
+            self._ended = True
+            self._abort(self._request_id)
+
+
 class EngineThread:
     """An engine and the thread that runs it.
 
     Args:
-        make_engine: Makes vLLM's ``LLMEngine``; called in the new thread, since vLLM binds the thread it starts in to cores.
+        make_engine: Makes vLLM's ``LLMEngine``; called in the new thread, since vLLM binds the thread it starts in to
+            cores.
 
     Raises:
         Exception: whatever making the engine raises.
     """
 
     def __init__(self, make_engine: Callable[[], Any]) -> None:
-        self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outputs: dict[str, queue.SimpleQueue[Output | BaseException]] = {}
-        self._dead: BaseException | None = None
+        self._commands: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._requests: dict[str, Request] = {}
+        self._lock = threading.Lock()
+        self._end: BaseException | None = None
         self.engine: Any = None
         started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(make_engine, started), name="vllm", daemon=True)
@@ -53,8 +82,8 @@ class EngineThread:
         if error is not None:
             raise error
 
-    def run(self, request_id: str, prompt_ids: list[int], params: Any) -> Iterator[Output]:
-        """Send a request; yields its outputs as they come, the last one finished. Given up, it is aborted.
+    def send(self, request_id: str, prompt_ids: list[int], params: Any) -> Request:
+        """Send a request.
 
         Args:
             request_id: Not in use.
@@ -64,52 +93,34 @@ class EngineThread:
         Raises:
             CacheBlendError: the engine is closed or has died.
         """
-        outputs: queue.SimpleQueue[Output | BaseException] = queue.SimpleQueue()
+        request = Request(request_id, self._send_abort)
         arrived = time.time()
 
         def add(engine: Any) -> None:
-            self._outputs[request_id] = outputs
             try:
                 engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params, arrival_time=arrived)
             except Exception as error:
-                del self._outputs[request_id]
-                outputs.put(error)
+                del self._requests[request_id]
+                request.put(error)
 
-        self._send(add)
-        return self._receive(request_id, outputs)
-
-    def call(self, what: Callable[[Any], Any]) -> None:
-        """Have something done to the engine between two steps."""
-        self._send(what)
+        with self._lock:
+            if self._end is not None:
+                raise _ended(self._end) from self._end
+            self._requests[request_id] = request
+            self._commands.put(add)
+        return request
 
     def close(self) -> None:
         """End the engine; closing twice does nothing."""
-        if self._thread.is_alive():
-            self._commands.put(_STOP)
-            self._thread.join()
+        self._commands.put(None)
+        self._thread.join()
 
-    def _send(self, command: Any) -> None:
-        if self._dead is not None:
-            raise CacheBlendError(f"the vLLM engine has ended: {self._dead}") from self._dead
-        self._commands.put(command)
+    def _send_abort(self, request_id: str) -> None:
+        def abort(engine: Any) -> None:
+            if self._requests.pop(request_id, None) is not None:
+                engine.abort_request([request_id])
 
-    def _receive(self, request_id: str, outputs: queue.SimpleQueue[Output | BaseException]) -> Iterator[Output]:
-        finished = False
-        try:
-            while not finished:
-                output = outputs.get()
-                if isinstance(output, BaseException):
-                    finished = True
-                    raise output
-                finished = output.value.finished
-                yield output
-        finally:
-            if not finished and self._dead is None:
-                self._send(lambda engine: self._abort(engine, request_id))
-
-    def _abort(self, engine: Any, request_id: str) -> None:
-        if self._outputs.pop(request_id, None) is not None:
-            engine.abort_request([request_id])
+        self._commands.put(abort)
 
     def _run(self, make_engine: Callable[[], Any], started: queue.SimpleQueue[BaseException | None]) -> None:
         try:
@@ -123,10 +134,11 @@ class EngineThread:
             self._serve(engine)
         except BaseException as error:
             end = error
-        self._dead = end
-        for outputs in self._outputs.values():
-            outputs.put(CacheBlendError(f"the vLLM engine has ended: {end}"))
-        self._outputs.clear()
+        with self._lock:  # from here on send() refuses: nobody is left without an answer
+            self._end = end
+            for request in self._requests.values():
+                request.put(_ended(end))
+            self._requests.clear()
         engine.engine_core.shutdown()
         del self.engine
 
@@ -135,12 +147,16 @@ class EngineThread:
             # Waits for a command only while there is nothing to step.
             while not self._commands.empty() or not engine.has_unfinished_requests():
                 command = self._commands.get()
-                if command is _STOP:
+                if command is None:
                     return
                 command(engine)
             for output in engine.step():
-                outputs = self._outputs.get(output.request_id)
-                if outputs is not None:
+                request = self._requests.get(output.request_id)
+                if request is not None:
                     if output.finished:
-                        del self._outputs[output.request_id]
-                    outputs.put(Output(time.perf_counter(), output))
+                        del self._requests[output.request_id]
+                    request.put(Output(time.perf_counter(), output))
+
+
+def _ended(end: BaseException) -> CacheBlendError:
+    return CacheBlendError(f"the vLLM engine has ended: {end}")

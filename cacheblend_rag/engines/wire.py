@@ -12,19 +12,18 @@ from cacheblend_rag.chunks import ChunkScope, ModelFingerprint
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import CacheBlendError, UnsupportedModelError
 from cacheblend_rag.stats import BlendStats, WarmReport
-
-KEY = "cacheblend"
+from cacheblend_rag.vllm.settings import PARAMS_KEY
 
 
 def blend_params(config: BlendConfig, request_id: str) -> dict[str, Any]:
     """``kv_transfer_params`` of a request that generates, its stats to be found under a name."""
     settings = {**dataclasses.asdict(config), "check_layers": list(config.check_layers)}
-    return {KEY: {**settings, "id": request_id}}
+    return {PARAMS_KEY: {**settings, "id": request_id}}
 
 
 def action_params(action: str, value: Any = True) -> dict[str, Any]:
     """``kv_transfer_params`` of a request to ``warm``, ``evict``, ``describe`` or ``report``."""
-    return {KEY: {action: value}}
+    return {PARAMS_KEY: {action: value}}
 
 
 def parse_answer(kv_transfer_params: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def parse_answer(kv_transfer_params: Mapping[str, Any] | None) -> dict[str, Any]
         UnsupportedModelError: the engine runs without the connector.
         CacheBlendError: the connector reports an error; of the kind it names.
     """
-    ours = (kv_transfer_params or {}).get(KEY)
+    ours = (kv_transfer_params or {}).get(PARAMS_KEY)
     if ours is None:
         raise UnsupportedModelError(
             "the engine answers without CacheBlend: start it with the connector, see docs/vllm.md"

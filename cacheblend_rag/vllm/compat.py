@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from cacheblend_rag.errors import ConfigError
 
@@ -34,6 +38,15 @@ def check_version() -> None:
         warnings.warn(
             f"vLLM {vllm.__version__} is newer than what this package was tested with ({supported})", stacklevel=2
         )
+
+
+def server_arguments() -> Callable[[Any], Any]:
+    """What adds the options of vLLM's OpenAI-compatible server to a parser: it has moved."""
+    for module in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
+        with contextlib.suppress(ModuleNotFoundError):
+            add: Callable[[Any], Any] = importlib.import_module(module).make_arg_parser
+            return add
+    raise ConfigError("this vLLM has no OpenAI-compatible server that cacheblend serve knows: start it by hand")
 
 
 # Differences that need no code here because one way of writing works for both:

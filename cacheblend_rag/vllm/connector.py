@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -29,12 +31,12 @@ from cacheblend_rag.errors import ConfigError, UnsupportedModelError
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
-from cacheblend_rag.vllm.messages import StepJobs, WorkerReports
+from cacheblend_rag.vllm.messages import BlendJob, Refusal, StepJobs, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
 from cacheblend_rag.vllm.probe import probe
 from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
-from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings
+from cacheblend_rag.vllm.settings import ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
 from cacheblend_rag.vllm.worker_half import WorkerHalf
 
@@ -62,20 +64,24 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.faults: Counter[str] = Counter()
         self._settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
-        # Blocks that could not be filled are recomputed. The scheduler reads this once it has made its connector.
-        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+        if not vllm_config.scheduler_config.async_scheduling:
+            # Blocks that could not be filled are recomputed; the scheduler reads this once it has made its connector.
+            # With asynchronous scheduling the next step is under way by then and would answer from them: there, a
+            # request whose blend and whose prefill by us both fail ends in vLLM's error instead.
+            vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         self._block_size: int = vllm_config.cache_config.block_size
         self._scheduler: SchedulerHalf | None = None
-        self._promised: dict[str, list[int]] = {}  # blocks that the workers are to fill, by request
+        self._promised: dict[str, BlendJob] = {}  # prompts that the workers are to fill in, by request
         self._worker: WorkerHalf | None = None
         self._failed_blocks: set[int] = set()
         self._unsupported = ""
         try:
             check_supported(vllm_config)
-            if role == KVConnectorRole.SCHEDULER:
-                self._scheduler = self._make_scheduler_half(vllm_config, kv_cache_config)
         except UnsupportedModelError as error:
             self._give_up(error)
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._make_scheduler_half(vllm_config)
+            self._scheduler.refusal = self._unsupported
 
     # In the scheduler
 
@@ -104,8 +110,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return
         block_ids = list(blocks.get_block_ids()[0])
         if num_external_tokens:
-            hit = request.num_prompt_tokens - 1 - num_external_tokens
-            self._promised[request.request_id] = block_ids[hit // self._block_size :]
+            # vLLM counts on what was promised: should the plan get lost now, the prompt is prefilled.
+            ids = np.asarray(request.prompt_token_ids, np.int32)
+            hit = len(ids) - 1 - num_external_tokens
+            self._promised[request.request_id] = BlendJob(
+                request.request_id, ids, hit, (), self._settings.blend, "", "", block_ids
+            )
         self._guard(
             "update_state_after_alloc", None, self._scheduler.allocated, request, block_ids, num_external_tokens
         )
@@ -116,12 +126,16 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return KVConnectorMetadata()
         nothing = StepJobs(self._scheduler.scope)
         jobs = self._guard("build_connector_meta", nothing, self._scheduler.build_jobs, scheduler_output)
-        # vLLM counts on what was promised: what got no job is told to it as failed, and recomputed.
-        for job in jobs.blends:
-            self._promised.pop(job.request_id, None)
-        jobs.unfilled = [block for blocks in self._promised.values() for block in blocks]
+        planned = {job.request_id for job in jobs.blends}
+        jobs.prefills = [job for request_id, job in self._promised.items() if request_id not in planned]
         self._promised.clear()
         return jobs
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """See the base class."""
+        for refusal in metadata.values():
+            if self._scheduler is not None and isinstance(refusal, Refusal):
+                self._scheduler.refusal = refusal.reason
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
@@ -131,8 +145,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """See the base class."""
         if self._scheduler is None:
-            stats = {"decision": "prefill", "reason": self._unsupported, "prompt_tokens": request.num_prompt_tokens}
-            return False, {PARAMS_KEY: stats}
+            return False, None
         return False, self._guard("request_finished", None, self._scheduler.finished, request)
 
     # In a worker
@@ -149,18 +162,24 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return
         self._worker = WorkerHalf(model, self._open_store())
 
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """See the base class. What vLLM carries to the scheduler before it serves: that the loaded model won't do."""
+        return Refusal(self._unsupported) if self._unsupported else None
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See the base class."""
         jobs = self._connector_metadata
-        if not isinstance(jobs, StepJobs):
+        if not isinstance(jobs, StepJobs) or not jobs.blends + jobs.prefills:
             return
-        self._failed_blocks.update(jobs.unfilled)
-        if jobs.blends and (
-            self._worker is None or not self._guard("start_load_kv", False, self._worker.run_blends, jobs)
-        ):
-            self._failed_blocks.update(
-                block for job in jobs.blends for block in job.block_ids[job.hit // self._block_size :]
-            )
+        assert self._worker is not None  # or the scheduler half would have promised nothing
+        filled = self._guard("start_load_kv", False, self._worker.run_blends, jobs)
+        if not filled:
+            everything = jobs.blends + jobs.prefills
+            filled = self._guard("start_load_kv", False, self._worker.prefill, everything)
+            if not filled:
+                self._failed_blocks.update(
+                    b for job in everything for b in job.block_ids[job.hit // self._block_size :]
+                )
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Blends are complete before the forward pass: there is nothing to wait for."""
@@ -224,14 +243,17 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """See the base class."""
         return BlendPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    def _make_scheduler_half(self, vllm_config: Any, kv_cache_config: Any) -> SchedulerHalf:
+    def _make_scheduler_half(self, vllm_config: Any) -> SchedulerHalf:
         # Here: a worker needs none of it.
         from cacheblend_rag.engines.fingerprint import fingerprint_model
-        from cacheblend_rag.engines.model_files import load_config, resolve_model, tokenize_prompt
+        from cacheblend_rag.engines.model_files import load_config, load_tokenizer, resolve_model, tokenize_prompt
 
         model_config = vllm_config.model_config
-        directory = resolve_model(model_config.model)
-        config, tokenizer = load_config(model_config.model, directory)
+        directory = resolve_model(model_config.model, model_config.revision)
+        config = load_config(model_config.model, directory)
+        tokenizer = load_tokenizer(
+            model_config.tokenizer, resolve_model(model_config.tokenizer, model_config.tokenizer_revision)
+        )
         fingerprint = fingerprint_model(
             model_config.served_model_name or model_config.model,
             directory,
@@ -275,18 +297,22 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._unsupported = str(error)
 
     def _guard(self, hook: str, otherwise: T, call: Callable[..., T], *args: Any) -> T:
-        """Call a half; whatever goes wrong there is logged once a hook and counted, and the request goes on plainly."""
+        """Call a half; whatever goes wrong there is counted, logged once a hook, and the engine goes on without it."""
         try:
             return call(*args)
         except Exception:
             self.faults[hook] += 1
             log = logger.exception if self.faults[hook] == 1 else logger.debug
-            log("CacheBlend failed in %s, the request is prefilled plainly", hook)
+            log("CacheBlend failed in %s; the engine goes on without it", hook)
             return otherwise
 
 
 def _overrides(model_config: Any) -> str:
     """What the command line changes of the model that its files don't tell."""
     overrides = model_config.hf_overrides or {}
-    changes = {"hf_overrides": overrides, "quantization": model_config.quantization}
+    changes = {
+        "hf_overrides": overrides,
+        "hf_config_path": model_config.hf_config_path,
+        "quantization": model_config.quantization,
+    }
     return "" if not any(changes.values()) else repr(changes)

@@ -23,6 +23,10 @@ _REMEMBERED = 4096
 _ENDINGS = 16  # prompts remembered that differ only after their last full block
 
 
+Marks = tuple[tuple[int, str], ...]
+"""Blocks from which on a salt counts, ascending, with their salts."""
+
+
 class BlockHashes:
     """The block hashes of one request, which are state of the request, made by its own hasher.
 
@@ -36,30 +40,37 @@ class BlockHashes:
         self._hasher = request._block_hasher
         self._cache_salt = request.cache_salt or ""
 
-    def salt(self, first_block: int, salt: str) -> None:
-        """Give the blocks from ``first_block`` on hashes of their own, those of tokens to be generated included."""
+    def salt(self, marks: Marks) -> None:
+        """Give the blocks from each mark on hashes of their own, those of tokens to be generated included."""
         request, hasher = self._request, self._hasher
         if hasher is None:
             return
-        if first_block == 0:
-            request.cache_salt = f"{self._cache_salt}+{salt}"
-        else:
-            # vLLM's hasher mixes a salt into the first block only. So it is made to continue from a salted predecessor,
-            # whose place the plain hash takes again.
-            predecessor = type(self.plain[0])(hashlib.sha256(self.plain[first_block - 1] + salt.encode()).digest())
+        salts = dict(marks)
+        # vLLM's hasher mixes a salt into the first block only.
+        request.cache_salt = f"{self._cache_salt}+{salts[0]}" if 0 in salts else self._cache_salt or None
 
-            def salting_hasher(request: Any) -> list[bytes]:
-                hashes = request.block_hashes
-                if len(hashes) != first_block:
-                    return list(hasher(request))
-                plain, hashes[-1] = hashes[-1], predecessor
-                try:
-                    return list(hasher(request))
-                finally:
-                    hashes[-1] = plain
+        def salting_hasher(request: Any) -> list[bytes]:
+            """What vLLM's hasher makes, but at each mark it goes on from a salted predecessor."""
+            hashes = request.block_hashes
+            first = len(hashes)
+            while True:
+                at = len(hashes)
+                kept = hashes[-1] if at else None
+                if at in salts and at:
+                    hashes[-1] = type(kept)(hashlib.sha256(kept + salts[at].encode()).digest())
+                new = list(hasher(request))
+                if at:
+                    hashes[-1] = kept
+                end = min((mark for mark in salts if mark > at), default=at + len(new))
+                hashes.extend(new[: end - at])
+                if len(new) <= end - at:
+                    break
+            made = hashes[first:]
+            del hashes[first:]
+            return list(made)
 
-            request._block_hasher = salting_hasher
-        request.block_hashes[:] = self.plain[:first_block]
+        request._block_hasher = salting_hasher
+        request.block_hashes[:] = self.plain[: marks[0][0]]
         request.update_block_hashes()
 
 
@@ -68,16 +79,16 @@ class _Earlier:
     rest: bytes
     length: int
     segments: tuple[Segment, ...]
-    salt: str
-    first_block: int
+    marks: Marks
 
 
 class Salts:
-    """Chooses the salt of each blended prompt.
+    """Chooses the salts of each blended prompt.
 
     Besides a repeated prompt, one other may read blended blocks: a prompt that begins with a whole earlier one, the next
     turn of a conversation. Its own salt would differ, since its question does. With the earlier one's it finds that
-    turn's blocks, question and answer included, just as in an exact conversation.
+    turn's blocks, question and answer included, just as in an exact conversation. Chunks that are new in the next turn
+    are blended for its own question, so from there on it has a salt of its own.
 
     An earlier prompt is known by the plain hash of its last full block, which covers all before it, and its last tokens.
 
@@ -99,8 +110,8 @@ class Salts:
         segments: Sequence[Segment],
         config: BlendConfig,
         first_block: int,
-    ) -> tuple[str, int]:
-        """Salt and first salted block of a prompt.
+    ) -> Marks:
+        """Where a prompt's blocks are salted, and with what.
 
         Args:
             ids: The prompt, int32 ``[tokens]``.
@@ -110,47 +121,51 @@ class Salts:
             first_block: The first block that holds a blended token.
         """
         settings = repr((config.recompute_ratio, config.policy, config.check_layers))
+        marks: Marks = ()
+        since = first_block * self._block_size
+        earlier = self._find(ids, plain, settings, segments, first_block)
+        if earlier is not None:
+            marks, since = earlier.marks, earlier.length
+        new = [segment for segment in segments if segment.end > since]
+        if new or not marks:
+            # What stands after the last segment decides the blended values only if the policy looks at the question.
+            read = ids if get_policy(config.policy).reads_question else ids[: segments[-1].end]
+            block = max(new[0].start, since) // self._block_size if marks else first_block
+            marks = (*(mark for mark in marks if mark[0] < block), (block, self._digest(settings, segments, read)))
+        self._remember(ids, plain, settings, _Earlier(b"", len(ids), tuple(segments), marks))
+        return marks
+
+    def spoil(self, marks: Marks) -> None:
+        """Something went wrong in a blend under these salts: nobody may find its blocks any more."""
+        self._spoilt.update(salt for _, salt in marks)
+
+    def _find(
+        self, ids: TokenIds, plain: Sequence[bytes], settings: str, segments: Sequence[Segment], first_block: int
+    ) -> _Earlier | None:
+        """The longest earlier prompt that this one begins with and that was blended alike, itself included."""
         for blocks in range(len(plain), 0, -1):
             rest = ids[blocks * self._block_size :].tobytes()
             for earlier in self._earlier.get((plain[blocks - 1], settings), ()):
                 if (
                     rest.startswith(earlier.rest)
-                    and earlier.first_block <= first_block
-                    and earlier.salt not in self._spoilt
+                    and earlier.marks[0][0] <= first_block
+                    and not any(salt in self._spoilt for _, salt in earlier.marks)
                     and tuple(s for s in segments if s.start < earlier.length) == earlier.segments
                 ):
-                    self._remember(ids, plain, settings, segments, earlier.salt, earlier.first_block)
-                    return earlier.salt, earlier.first_block
-        salt = self._digest(settings, segments, ids, config)
-        self._remember(ids, plain, settings, segments, salt, first_block)
-        return salt, first_block
+                    return earlier
+        return None
 
-    def _remember(
-        self,
-        ids: TokenIds,
-        plain: Sequence[bytes],
-        settings: str,
-        segments: Sequence[Segment],
-        salt: str,
-        first_block: int,
-    ) -> None:
+    def _remember(self, ids: TokenIds, plain: Sequence[bytes], settings: str, prompt: _Earlier) -> None:
         if not plain:
             return
         rest = ids[len(plain) * self._block_size :].tobytes()
-        new = _Earlier(rest, len(ids), tuple(segments), salt, first_block)
         key = plain[-1], settings
         others = [earlier for earlier in self._earlier.pop(key, ()) if earlier.rest != rest]
-        self._earlier[key] = [new, *others[: _ENDINGS - 1]]
+        self._earlier[key] = [dataclasses.replace(prompt, rest=rest), *others[: _ENDINGS - 1]]
         if len(self._earlier) > _REMEMBERED:
             self._earlier.popitem(last=False)
 
-    def spoil(self, salt: str) -> None:
-        """Something went wrong in a blend under this salt: nobody may find its blocks any more."""
-        self._spoilt[salt] += 1
-
-    def _digest(self, settings: str, segments: Sequence[Segment], ids: TokenIds, config: BlendConfig) -> str:
-        # What stands after the last segment decides the blended values only if the policy looks at the question.
-        read = ids if get_policy(config.policy).reads_question else ids[: segments[-1].end]
+    def _digest(self, settings: str, segments: Sequence[Segment], read: TokenIds) -> str:
         hasher = hashlib.blake2b(digest_size=16)
         for part in (self._scope.digest, settings, repr(segments)):
             hasher.update(f"{len(part)}:{part}".encode())

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
@@ -62,13 +66,13 @@ class StepJobs(KVConnectorMetadata):
         scope: Whose chunks they are.
         blends: Prompts to blend.
         saves: Chunks to store.
-        unfilled: Blocks that were promised and for which there is no job: vLLM has to recompute them.
+        prefills: Prompts that were promised, and could not be planned after all: to be prefilled plainly.
     """
 
     scope: ChunkScope
     blends: list[BlendJob] = dataclasses.field(default_factory=list)
     saves: list[SaveJob] = dataclasses.field(default_factory=list)
-    unfilled: list[int] = dataclasses.field(default_factory=list)
+    prefills: list[BlendJob] = dataclasses.field(default_factory=list)
 
 
 class WorkerReports(KVConnectorWorkerMetadata):
@@ -108,3 +112,14 @@ def open_box(engine_id: str) -> dict[str, dict[str, Any]]:
 def close_box(engine_id: str) -> None:
     """Forget an engine's box."""
     _boxes.pop(engine_id, None)
+
+
+@dataclasses.dataclass
+class Refusal(KVConnectorHandshakeMetadata):
+    """A worker tells the scheduler half, before anything is served, that its model can't be blended.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str

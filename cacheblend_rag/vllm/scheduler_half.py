@@ -27,7 +27,7 @@ from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.stats import BlendStats
-from cacheblend_rag.vllm.isolation import BlockHashes, Salts
+from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs, close_box, open_box
 from cacheblend_rag.vllm.metrics import BlendMetrics
 from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings, RequestParams
@@ -48,8 +48,8 @@ class _Plan:
         ids: Its prompt.
         segments: Matched runs of it; empty unless it is to be blended.
         hashes: Its block hashes, if it is to be blended.
-        salt: Of its blended blocks.
-        first_salted: The first block that has it.
+        marks: Where its blocks are salted; empty unless it is to be blended.
+        spoilt: Whether its blended blocks are none that others may read.
         block_ids: Its block table, of a chunk to be stored.
         answer: What a request that asks for something else than generation is told.
         first_token_at: Unix time.
@@ -61,8 +61,8 @@ class _Plan:
     ids: TokenIds
     segments: tuple[Segment, ...] = ()
     hashes: BlockHashes | None = None
-    salt: str = ""
-    first_salted: int = 0
+    marks: Marks = ()
+    spoilt: bool = False
     block_ids: list[int] = dataclasses.field(default_factory=list)
     answer: dict[str, Any] | None = None
     first_token_at: float | None = None
@@ -84,6 +84,7 @@ class SchedulerHalf:
     Attributes:
         metrics: Counts since they were last taken.
         scope: Namespace, model and primer.
+        refusal: Why nothing can be blended, empty if it can.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class SchedulerHalf:
         engine_id: str,
     ) -> None:
         self.metrics = BlendMetrics()
+        self.refusal = ""
         self._settings = settings
         self.scope = library.scope
         self._library = library
@@ -134,35 +136,60 @@ class SchedulerHalf:
             return
         if plan.params.action == "generate":
             self._plan_generation(plan)
+        elif self.refusal and plan.params.action in ("warm", "evict"):
+            # Served plainly on purpose: nothing to store, and no reason to stop an ingestion.
+            plan.answer = {"stored": 0, "already_there": 0, "tokens": 0, "bytes": 0, "evicted": 0, "reason": self.refusal}
+            _replace_prompt(request, plan.ids[:1])
+        elif _obstacle(request):
+            plan.answer = {"error": f"bad request: {_obstacle(request)}"}
         else:
             self._answer(plan)
         plan.stats.match = time.perf_counter() - started
 
-    def matched_tokens(self, request: Any, hit: int) -> int:
-        """How many tokens after the ``hit`` first ones the workers will fill in."""
+    def matched_tokens(self, request: Any, hit: int) -> int | None:
+        """How many tokens after the ``hit`` first ones the workers will fill in; None: ask again in the next step."""
         plan = self._plans.get(request.request_id)
         if plan is None:  # its arrival failed
             return 0
-        plan.stats.prefix_tokens = hit
-        plan.stats.missed_tokens = len(plan.ids) - hit
+        # A request that comes back after a preemption may hit what it has generated, too.
+        plan.stats.prefix_tokens = min(hit, len(plan.ids))
+        plan.stats.missed_tokens = len(plan.ids) - plan.stats.prefix_tokens
         if not plan.segments:
-            if hit and plan.params.action == "generate" and plan.stats.decision == "prefill":
+            if hit and plan.params.action == "generate":
                 plan.stats.decision = "prefix"
             return 0
         assert plan.hashes is not None
         layout = PromptLayout.after_hit(plan.ids, plan.segments, self._primer_ids, hit)
         plan.stats.decision, plan.stats.reason = decide(layout, plan.params.blend)
-        if hit > plan.first_salted * self._block_size:
+        if hit > plan.marks[0][0] * self._block_size:
             # However little is left: read otherwise than the first time, the same prompt would get another answer.
             plan.stats.decision = "blend" if layout.segments else "prefix"
             plan.stats.reason = "goes on from blended blocks in the prefix cache"
         if plan.stats.decision != "blend":
             return 0
+        if not self._computed(request.block_hashes[: hit // self._block_size]):
+            return None
         first_block = _first_loaded(layout) // self._block_size
-        if first_block < plan.first_salted:  # exact blocks that were to be read have been evicted meanwhile
-            plan.first_salted = first_block
-            plan.hashes.salt(first_block, plan.salt)
+        if first_block < plan.marks[0][0]:  # exact blocks that were to be read have been evicted meanwhile
+            plan.marks = ((first_block, plan.marks[0][1]),)
+            plan.hashes.salt(plan.marks)
         return len(plan.ids) - 1 - hit
+
+    def _computed(self, hit_hashes: Sequence[bytes]) -> bool:
+        """Whether blocks that were hit have been computed before this step.
+
+        vLLM registers blocks when it allocates them. A forward pass may read what it computes itself, but blends come
+        before it: they must not read blocks that are computed in the same step.
+        """
+        if not hit_hashes:
+            return True
+        coming = {
+            block_hash
+            for plan in self._plans.values()
+            if plan.request.status.name == "RUNNING"
+            for block_hash in plan.request.block_hashes[plan.request.num_computed_tokens // self._block_size :]
+        }
+        return coming.isdisjoint(hit_hashes)
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
@@ -180,7 +207,7 @@ class SchedulerHalf:
                     plan.segments,
                     plan.params.blend,
                     plan.stats.reason,
-                    plan.salt,
+                    plan.marks[-1][1],
                     block_ids,
                 )
             )
@@ -190,7 +217,9 @@ class SchedulerHalf:
         cached = scheduler_output.scheduled_cached_reqs
         for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             plan = self._plans.get(request_id)
-            if plan is not None and block_ids is not None and request_id not in cached.resumed_req_ids:
+            if plan is None or plan.params.action != "warm" or block_ids is None:
+                continue
+            if request_id not in cached.resumed_req_ids:  # those have come by way of allocated()
                 plan.block_ids.extend(block_ids[0])
         for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
             plan = self._plans.get(request_id)
@@ -210,6 +239,8 @@ class SchedulerHalf:
                 plan.first_token_at = now
         for request_id in self._box.keys() - self._plans.keys():
             del self._box[request_id]  # of requests that were aborted
+        for request_id, report in self._box.items():
+            self._spoil_if_wrong(self._plans[request_id], report)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """What goes out with the response, for ``kv_transfer_params``."""
@@ -234,7 +265,7 @@ class SchedulerHalf:
 
     def _plan_generation(self, plan: _Plan) -> None:
         request, config = plan.request, plan.params.blend
-        obstacle = _obstacle(request)
+        obstacle = self.refusal or _obstacle(request)
         if config.mode == "off":
             plan.stats.reason = "mode is off"
         elif obstacle:
@@ -249,14 +280,12 @@ class SchedulerHalf:
             if plan.stats.decision == "blend":
                 plan.hashes = BlockHashes(request)
                 first_block = _first_loaded(layout) // self._block_size
-                plan.salt, plan.first_salted = self._salts.choose(
-                    plan.ids, plan.hashes.plain, segments, config, first_block
-                )
-                plan.hashes.salt(plan.first_salted, plan.salt)
-                if plan.first_salted < first_block and self._cached_tokens(request) < hit:
+                plan.marks = self._salts.choose(plan.ids, plan.hashes.plain, segments, config, first_block)
+                plan.hashes.salt(plan.marks)
+                if plan.marks[0][0] < first_block and self._cached_tokens(request) < hit:
                     # The blended blocks of an earlier prompt are gone, but exact ones reach further.
-                    plan.first_salted = first_block
-                    plan.hashes.salt(first_block, plan.salt)
+                    plan.marks = ((first_block, plan.marks[-1][1]),)
+                    plan.hashes.salt(plan.marks)
                 plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
 
     def _cached_tokens(self, request: Any) -> int:
@@ -313,7 +342,7 @@ class SchedulerHalf:
 
     def _warm_answer(self, plan: _Plan, report: dict[str, Any] | None) -> dict[str, Any]:
         if report is None:
-            return {"error": "the request ended before the chunk was prefilled"}
+            return {"error": "the chunk was not stored: the request ended early, or see the engine's log"}
         if "error" in report:
             self.metrics.count("errors")
             return {"error": report["error"], "kind": "StoreError"}
@@ -327,22 +356,27 @@ class SchedulerHalf:
         answered = plan.request.num_output_tokens > 0
         first_token_at = plan.first_token_at or time.time()
         if report is not None:
-            finished_at = report.pop("finished_at")
-            stats = BlendStats(**{**report, "match": stats.match})
-            stats.first_token = max(0.0, first_token_at - finished_at)
-            if stats.faults or stats.decision != "blend":
-                # What the salt stands for is not what was computed.
-                self._salts.spoil(plan.salt)
+            told = {name: value for name, value in report.items() if name != "finished_at"}
+            stats = BlendStats(**{**told, "match": stats.match})
+            stats.first_token = max(0.0, first_token_at - report["finished_at"])
+            self._spoil_if_wrong(plan, report)
             self.metrics.count("chunk_faults", stats.faults)
             self.metrics.count("blend_faults", int(stats.decision == "prefill" and stats.faults == 0))
         elif stats.decision == "blend" and answered:  # promised, but a hook failed on the way
             stats.decision, stats.reason = "prefill", "blending failed, see the log"
-            self._salts.spoil(plan.salt)
+            self._salts.spoil(plan.marks)
             self.metrics.count("blend_faults")
         if answered:
             stats.ttft = first_token_at - plan.request.arrival_time
             self.metrics.observe(stats)
         return stats
+
+    def _spoil_if_wrong(self, plan: _Plan, report: dict[str, Any]) -> None:
+        """Let nobody find blocks that hold something else than their salt stands for."""
+        wrong = plan.marks and (report["faults"] or report["decision"] != "blend")
+        if wrong and not plan.spoilt:
+            plan.spoilt = True
+            self._salts.spoil(plan.marks)
 
 
 def _first_loaded(layout: PromptLayout) -> int:
@@ -371,5 +405,6 @@ def _replace_prompt(request: Any, ids: TokenIds) -> None:
     request._all_token_ids[:] = request.prompt_token_ids
     request.num_prompt_tokens = len(ids)
     request.max_tokens = 1
+    request.sampling_params.min_tokens = 0
     del request.block_hashes[:]
     request.update_block_hashes()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from cacheblend_rag.vllm.model import PagedModel
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED = 2048  # choices
+_REMEMBERED = 1024  # choices: for 32k tokens, a megabyte each with hkvd, a tenth of it with query_aware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +47,38 @@ class _Choices:
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, bytes], _Choice] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], _Choice] = OrderedDict()
 
     def repeat(self, job: BlendJob, matched: torch.Tensor, forward: PagedForward) -> torch.Tensor | None:
         """What was chosen of the matched positions, if all of them were decided on before.
 
         The passes that led to the choice are run again over the rows at hand, for the fresh KV they leave.
         """
-        for prompt in (job.token_ids.tobytes(), b""):
+        for prompt in (_digest(job), ""):
             choice = self._known.get((job.salt, prompt))
             # With all matched tokens still to be blended, the policy makes the same choice by itself.
             if choice is not None and choice.hit <= job.hit and choice.first < job.hit and matched[-1] < choice.length:
                 for rows, layer in choice.deviation_passes:
-                    if len(rows := rows[rows >= job.hit]):
-                        forward.deviations(rows, layer)
-                return choice.positions[torch.isin(choice.positions, matched)]
+                    if len(left := rows[rows >= job.hit].long()):
+                        forward.deviations(left, layer)
+                positions = choice.positions.long()
+                return positions[torch.isin(positions, matched)]
         return None
 
     def add(self, job: BlendJob, matched: torch.Tensor, positions: torch.Tensor, forward: PagedForward) -> None:
         """Remember a choice: for this prompt, and for those that begin with it, which have its salt."""
         if not len(matched):
             return
-        choice = _Choice(job.hit, int(matched[0]), len(job.token_ids), positions, forward.deviation_passes)
-        self._known[job.salt, job.token_ids.tobytes()] = choice
-        self._known.setdefault((job.salt, b""), choice)
+        passes = [(rows.int(), layer) for rows, layer in forward.deviation_passes]
+        choice = _Choice(job.hit, int(matched[0]), len(job.token_ids), positions.int(), passes)
+        self._known[job.salt, _digest(job)] = choice
+        self._known.setdefault((job.salt, ""), choice)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+
+
+def _digest(job: BlendJob) -> str:
+    return hashlib.blake2b(job.token_ids.tobytes(), digest_size=16).hexdigest()
 
 
 class WorkerHalf:
@@ -97,15 +105,21 @@ class WorkerHalf:
         """Fill the blocks of this step's prompts up to their last token. Whatever goes wrong ends in plain prefill.
 
         Returns:
-            True: every block is filled or among the failed ones.
+            True: every block is filled, or among the failed ones.
         """
         for job in jobs.blends:
             try:
-                stats = self._blend(job, jobs.scope)
+                self._report(job, self._blend(job, jobs.scope))
             except Exception:
                 logger.exception("blending failed, the prompt is prefilled plainly")
-                stats = self._prefill_after_failure(job)
-            self._report(job.request_id, {**stats.to_dict(), "finished_at": time.time()})
+                self._prefill(job)
+        return self.prefill(jobs.prefills)
+
+    @torch.inference_mode()
+    def prefill(self, jobs: Sequence[BlendJob]) -> bool:
+        """Fill the blocks of prompts plainly; returns as :meth:`run_blends`."""
+        for job in jobs:
+            self._prefill(job)
         return True
 
     @torch.inference_mode()
@@ -113,14 +127,16 @@ class WorkerHalf:
         """Store the chunks whose KV this step completed. A chunk that can't be stored is reported."""
         for job in jobs.saves:
             try:
-                self._report(job.request_id, {"bytes": self._save(job, jobs.scope)})
+                report: dict[str, Any] = {"bytes": self._save(job, jobs.scope)}
             except Exception as error:
                 logger.exception("a chunk could not be stored")
-                self._report(job.request_id, {"error": str(error) or repr(error)})
+                report = {"error": str(error) or repr(error)}
+            if self._model.is_first_rank:  # it alone writes chunks
+                self.reports[job.request_id] = report
 
-    def _report(self, request_id: str, report: dict[str, Any]) -> None:
-        if self._model.is_first_rank:  # it alone writes chunks; blends are alike on all
-            self.reports[request_id] = report
+    def _report(self, job: BlendJob, stats: BlendStats) -> None:
+        if self._model.is_first_rank:  # all do alike
+            self.reports[job.request_id] = {**stats.to_dict(), "finished_at": time.time()}
 
     def close(self) -> None:
         """Close the store."""
@@ -156,17 +172,17 @@ class WorkerHalf:
         stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
         return stats
 
-    def _prefill_after_failure(self, job: BlendJob) -> BlendStats:
+    def _prefill(self, job: BlendJob) -> None:
         stats = BlendStats(len(job.token_ids), prefix_tokens=job.hit, missed_tokens=len(job.token_ids) - job.hit)
         stats.decision, stats.reason = "prefill", "blending failed, see the log"
         started = time.perf_counter()
         try:
             self._forward(job).recompute(torch.arange(job.hit, len(job.token_ids)))
         except Exception:
-            logger.exception("prefilling failed too, vLLM schedules the prompt again")
+            logger.exception("prefilling failed too, the prompt is left to vLLM")
             self.failed_blocks.update(job.block_ids[job.hit // self._model.kv.block_size :])
         stats.recompute = time.perf_counter() - started
-        return stats
+        self._report(job, stats)
 
     def _forward(self, job: BlendJob) -> PagedForward:
         return PagedForward(self._model, torch.from_numpy(job.token_ids.astype(np.int64)), job.block_ids, job.hit)
@@ -183,7 +199,11 @@ class WorkerHalf:
         return set()
 
     def _read(self, key: str) -> ChunkKV | None:
-        chunk = self._store.get(key)
+        try:
+            chunk = self._store.get(key)
+        except Exception:  # on one rank, perhaps: all have to go on to where they agree
+            logger.exception("chunk %s can't be read", key)
+            return None
         if chunk is not None and not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
             return None
@@ -197,7 +217,12 @@ class WorkerHalf:
 
     def _rematch(self, token_ids: TokenIds, scope: ChunkScope, unreadable: set[str]) -> list[Segment]:
         """Matches without some chunks. All ranks go by the first one's: another may see a store that has moved on."""
-        matched = ChunkLibrary(self._store, scope).match(token_ids, unreadable) if self._model.is_first_rank else None
+        matched: list[Segment] = []
+        if self._model.is_first_rank:
+            try:
+                matched = ChunkLibrary(self._store, scope).match(token_ids, unreadable)
+            except Exception:  # the others wait for an answer
+                logger.exception("the store can't be searched")
         segments: list[Segment] = self._model.tp.broadcast_object(matched)
         return segments
 

@@ -264,7 +264,7 @@ def test_a_policy_that_breaks_its_contract(case: Case, monkeypatch: pytest.Monke
 def test_an_engine_that_dies_answers_everybody(model: str, engines: Engines) -> None:
     engines.close()
     engine = open_engine(model)
-    engine._thread.call(lambda inner: setattr(inner, "step", explode))
+    engine._thread.engine.step = explode
     answers: list[BaseException] = []
 
     def ask() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cacheblend_rag import BlendConfig
 from cacheblend_rag.chunks import ChunkScope, ModelFingerprint
 from cacheblend_rag.matching import Segment
-from cacheblend_rag.vllm.isolation import BlockHashes, Salts
+from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 
 from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, random_text, scheduler
 
@@ -129,7 +129,7 @@ def test_exact_blocks_that_vanish_before_scheduling_are_not_replaced_by_blended_
 
     def arrive_and_forget(request: Any) -> None:
         arrive(request)
-        assert half._plans[request.request_id].first_salted >= (cut - 40) // BLOCK
+        assert half._plans[request.request_id].marks[0][0] >= (cut - 40) // BLOCK
         assert scheduler(engine).kv_cache_manager.reset_prefix_cache()
 
     monkeypatch.setattr(half, "new_request", arrive_and_forget)
@@ -204,12 +204,12 @@ def test_salted_hashes_meet_no_plain_ones(
     """From the first blended block on all hashes differ, tokens generated later included; before it none does."""
     first = int(share * (len(ids) - 1)) // 4
     plain, salted, twin, resalted = (make_request(ids) for _ in range(4))
-    BlockHashes(salted).salt(first, "a")
-    BlockHashes(twin).salt(first, "a")
+    BlockHashes(salted).salt(((first, "a"),))
+    BlockHashes(twin).salt(((first, "a"),))
     hashes = BlockHashes(resalted)
-    hashes.salt(first, "a")
+    hashes.salt(((first, "a"),))
     earlier = data.draw(st.integers(0, first))
-    hashes.salt(earlier, "a")
+    hashes.salt(((earlier, "a"),))
     for request in (plain, salted, twin, resalted):
         request.append_output_token_ids(generated)
         assert len(request.block_hashes) == (len(ids) + len(generated)) // 4
@@ -233,14 +233,14 @@ def test_a_spoilt_salt_is_not_chosen_again(make_request: Callable[[list[int]], A
     segments = [Segment(4, 20, "k", 0)]
     chooser = salts()
     arguments = (np.asarray(ids, np.int32), hashes_of(make_request, ids), segments, BlendConfig(), 1)
-    salt, _ = chooser.choose(*arguments)
-    assert chooser.choose(*arguments)[0] == salt
-    chooser.spoil(salt)
-    other, _ = chooser.choose(*arguments)
-    assert other != salt
-    assert chooser.choose(*arguments)[0] == other
-    chooser.spoil(other)
-    assert chooser.choose(*arguments)[0] not in (salt, other)
+    marks = chooser.choose(*arguments)
+    assert chooser.choose(*arguments) == marks
+    chooser.spoil(marks)
+    others = chooser.choose(*arguments)
+    assert others != marks
+    assert chooser.choose(*arguments) == others
+    chooser.spoil(others)
+    assert chooser.choose(*arguments) not in (marks, others)
 
 
 def test_another_question_within_the_last_block_is_no_second_turn(make_request: Callable[[list[int]], Any]) -> None:
@@ -248,11 +248,50 @@ def test_another_question_within_the_last_block_is_no_second_turn(make_request: 
     segments = [Segment(4, 20, "k", 0)]
     chooser = salts()
 
-    def choose(ids: list[int]) -> str:
+    def choose(ids: list[int]) -> Marks:
         plain = hashes_of(make_request, ids)
-        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)[0]
+        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)
 
     first = choose([*range(28), 1])
     assert choose([*range(28), 2]) != first
     assert choose([*range(28), 1, 5, 6, 7, 8, 9]) == first
     assert choose([*range(28), 2, 5, 6, 7, 8, 9]) != first
+
+
+def test_new_chunks_of_a_next_turn_are_kept_apart_by_their_question(make_request: Callable[[list[int]], Any]) -> None:
+    """The chunk is chosen from with its own question in mind; all before it is the turn before's."""
+    chooser = salts()
+    old, new = Segment(4, 20, "k", 0), Segment(40, 17, "l", 0)
+
+    def choose(ids: list[int], *segments: Segment) -> Marks:
+        plain = hashes_of(make_request, ids)
+        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)
+
+    first = choose([*range(28), 1], old)
+    turn = choose([*range(28), 1, *range(30, 60)], old, new)
+    other = choose([*range(28), 1, *range(30, 59), 7], old, new)
+    assert [mark[0] for mark in turn] == [1, 10]
+    assert turn[0] == other[0] == first[0]
+    assert turn[1] != other[1]
+    assert choose([*range(28), 1, *range(30, 60), 3, 4, 5, 6], old, new) == turn
+
+
+@given(ids=st.lists(st.integers(0, 9), min_size=30, max_size=60), data=st.data())
+def test_each_mark_counts_from_its_block_on(
+    make_request: Callable[[list[int]], Any], ids: list[int], data: st.DataObject
+) -> None:
+    blocks = data.draw(st.lists(st.integers(0, 14), min_size=1, max_size=3, unique=True).map(sorted))
+    grown = data.draw(st.integers(0, len(ids)))
+    marks = tuple((block, f"s{block}") for block in blocks)
+    whole, step_by_step, fewer = make_request(ids), make_request(ids[:grown] or ids[:1]), make_request(ids)
+    BlockHashes(whole).salt(marks)
+    hashes = BlockHashes(step_by_step)
+    if blocks[0] <= len(hashes.plain):
+        hashes.salt(marks)
+        for token in ids[max(grown, 1) :]:
+            step_by_step.append_output_token_ids(token)
+        assert step_by_step.block_hashes == whole.block_hashes
+    BlockHashes(fewer).salt(marks[:1])
+    if len(marks) > 1:
+        assert whole.block_hashes[: blocks[1]] == fewer.block_hashes[: blocks[1]]
+        assert not set(whole.block_hashes[blocks[1] :]) & set(fewer.block_hashes)

@@ -230,7 +230,7 @@ def test_several_answers_to_one_prompt(case: Case) -> None:
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={"kv_transfer_params": {"cacheblend": {"mode": "blend"}}},
     )
-    *_, last = engine._thread.run("several", ids, params)
+    *_, last = engine._thread.send("several", ids, params)
     assert len(last.value.outputs) == 3
     assert all(list(output.token_ids) == single.token_ids for output in last.value.outputs)
     assert last.value.kv_transfer_params["cacheblend"]["decision"] in ("blend", "prefix")

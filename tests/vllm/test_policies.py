@@ -1,0 +1,91 @@
+"""The policies choose on vLLM what they choose in the embedded engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cacheblend_rag import policies
+from cacheblend_rag.engines.transformers import TransformersEngine
+from cacheblend_rag.store import open_store
+
+from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes
+
+
+@pytest.fixture(scope="module", params=["llama3-scaled", "qwen3", "moe"])
+def directory(request: pytest.FixtureRequest, make_model: Callable[..., str]) -> str:
+    return make_model(request.param, **WIDE, **(MOE if request.param == "moe" else {}))
+
+
+@pytest.fixture(scope="module")
+def store(directory: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared") / "store"
+
+
+@pytest.fixture(scope="module")
+def embedded(directory: str, store: Path) -> Iterator[TransformersEngine]:
+    """Warms the store that vLLM reads."""
+    engine = TransformersEngine(
+        directory,
+        store=open_store(store),
+        blend=BLEND,
+        dtype="float32",
+        device="cpu",
+        primer=PRIMER,
+        namespace="test",
+        engine_args={},
+    )
+    engine.warm(CHUNKS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Everything that policies choose."""
+    found: list[torch.Tensor] = []
+    for policy in list(policies._POLICIES.values()):
+
+        def select(*args: Any, original: Any = policy.select) -> tuple[str, torch.Tensor]:
+            name, chosen = original(*args)
+            found.append(chosen)
+            return name, chosen
+
+        monkeypatch.setattr(policy, "select", select)
+    return found
+
+
+@pytest.mark.parametrize("blend", [{"policy": "hkvd"}, {"policy": "hkvd", "check_layers": (0, 2)}, {}], ids=str)
+@pytest.mark.parametrize("begins_with_primer", [False, True])
+def test_both_engines_choose_alike(
+    engines: Engines,
+    directory: str,
+    store: Path,
+    embedded: TransformersEngine,
+    choices: list[torch.Tensor],
+    blend: dict[str, Any],
+    begins_with_primer: bool,
+) -> None:
+    engine = engines.get(directory, store)
+    assert engine.scope == embedded.scope
+    assert engine.warm(CHUNKS).already_there == len(CHUNKS)  # one store, one fingerprint
+    forget_prefixes(engine)
+    for seed in range(3):
+        prompt = Case(engine, CHUNKS).prompt(seed)
+        if begins_with_primer:  # then the first passage is exact in both
+            prompt = PRIMER + CHUNKS[seed] + prompt
+        theirs = embedded.generate(prompt, max_tokens=4, blend={"recompute_ratio": 0.2, **blend}, logprobs=3)
+        mine = engine.generate(prompt, max_tokens=4, blend={"recompute_ratio": 0.2, **blend}, logprobs=3)
+        expected, chosen = (set(positions.tolist()) for positions in choices[-2:])
+        assert len(chosen) == len(expected) > 80
+        assert len(chosen ^ expected) <= 2  # a pair of tokens within rounding of each other
+        assert (mine.stats.reused_tokens, mine.stats.recomputed_tokens) == (
+            theirs.stats.reused_tokens,
+            theirs.stats.recomputed_tokens,
+        )
+        if chosen == expected:
+            assert mine.token_ids == theirs.token_ids

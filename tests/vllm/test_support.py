@@ -1,0 +1,211 @@
+"""What can't be blended is refused at start with the reason, or served plainly; settings are checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cacheblend_rag import BlendConfig, ConfigError, UnsupportedModelError, load_engine
+from cacheblend_rag.vllm import compat, support
+from cacheblend_rag.vllm.settings import ConnectorSettings, RequestParams
+
+from .conftest import CHUNKS, PRIMER, WIDE, Engines, open_engine
+
+MLA: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 4,
+}
+
+
+def reason(model: str, **engine_args: Any) -> str | None:
+    """Why a configuration is refused; no engine is started."""
+    from vllm import EngineArgs
+
+    settings = {"enforce_eager": True, "max_model_len": 1024, "skip_tokenizer_init": True, **engine_args}
+    return support.unsupported_reason(EngineArgs(model, **settings).create_engine_config())
+
+
+def test_ordinary_models_pass(make_model: Callable[..., str]) -> None:
+    assert reason(make_model("qwen2", use_sliding_window=False, sliding_window=128)) is None
+    assert reason(make_model("mistral", sliding_window=1024)) is None  # no shorter than a prompt and its answer
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "engine_args", "words"),
+    [
+        ("mistral", {"sliding_window": 128}, {}, "sliding window of 128"),
+        ("mla", MLA, {}, "MLA"),
+        ("llama", {"model_type": "llama"}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ("llama", {"model_type": "llama"}, {"enable_lora": True}, "LoRA"),
+        ("llama", {"model_type": "llama"}, {"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+        (
+            "llama",
+            {"model_type": "llama"},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative",
+        ),
+    ],
+)
+def test_refused_with_the_reason(
+    make_model: Callable[..., str], name: str, changes: dict[str, Any], engine_args: dict[str, Any], words: str
+) -> None:
+    found = reason(make_model(name, **WIDE, **changes), **engine_args)
+    assert found is not None and words in found
+
+
+def test_hybrid_models_are_refused(make_model: Callable[..., str]) -> None:
+    changes = {
+        "model_type": "falcon_h1",
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "head_dim": 32,
+    }
+    found = reason(make_model("falcon_h1", **WIDE, **changes))
+    assert found is not None and "hybrid" in found
+
+
+def test_load_engine_says_why(make_model: Callable[..., str], engines: Engines) -> None:
+    engines.close()
+    with pytest.raises(UnsupportedModelError, match="sliding window of 128"):
+        open_engine(make_model("mistral", **WIDE, sliding_window=128))
+
+
+def test_what_only_the_loaded_model_shows_is_refused_too(
+    make_model: Callable[..., str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-J style RoPE is in no field of the config that vLLM keeps."""
+    engines.close()
+    monkeypatch.setattr("cacheblend_rag.vllm.support.unsupported_reason", lambda config: None)
+    with pytest.raises(UnsupportedModelError, match="sliding window of 128 tokens"):
+        open_engine(make_model("mistral", **WIDE, sliding_window=128))
+
+
+@pytest.mark.parametrize("found_by", ["config", "probe"])
+def test_served_plainly_where_asked(
+    make_model: Callable[..., str], engines: Engines, found_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.close()
+    model = make_model("llama3-scaled", **WIDE)
+
+    def refuse(*args: Any) -> None:
+        raise UnsupportedModelError("it has a strange attention")
+
+    target = "cacheblend_rag.vllm.connector." + ("check_supported" if found_by == "config" else "probe")
+    with open_engine(model) as engine:
+        expected = engine.generate("Read. " + CHUNKS[0] + " What?", max_tokens=6, blend={"mode": "off"})
+    monkeypatch.setattr(target, refuse)
+    with open_engine(model, engine_args={"on_unsupported": "prefill"}) as engine:
+        assert engine.warm(CHUNKS).stored == 0
+        answer = engine.generate("Read. " + CHUNKS[0] + " What?", max_tokens=6)
+        assert answer.token_ids == expected.token_ids
+        assert answer.stats.decision == "prefill"
+        assert "strange attention" in answer.stats.reason
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.9.2"])
+def test_an_old_vllm_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.raises(ConfigError, match=r"install 0\.26 to 0\.32"):
+        compat.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "1.0", "dev"])
+def test_a_newer_vllm_warns(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.warns(UserWarning, match=r"0\.26 to 0\.32"):
+        compat.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.32.0"])
+def test_supported_versions_are_silent(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.check_version()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"stroe": "x"},
+        {"store": 3},
+        {"memory_bytes": -1},
+        {"memory_bytes": "1G"},
+        {"max_bytes": 1.5},
+        {"primer": 7},
+        {"blend": []},
+        {"blend": {"ratio": 0.1}},
+        {"blend": {"recompute_ratio": 2}},
+        {"on_unsupported": "crash"},
+    ],
+    ids=str,
+)
+def test_bad_connector_settings(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ConnectorSettings.parse(bad)
+
+
+def test_connector_settings_survive_json() -> None:
+    settings = ConnectorSettings.parse({"store": "kv", "primer": PRIMER, "blend": {"recompute_ratio": 0.3}})
+    assert ConnectorSettings.parse(settings.to_extra_config()) == settings
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "blend",
+        {"recompute_ratio": 2},
+        {"recompute_ratio": [1]},
+        {"policy": "best"},
+        {"policy": {}},
+        {"check_layers": 1},
+        {"check_layers": [9]},
+        {"check_layers": "1"},
+        {"mode": None},
+        {"unknown": 1},
+        {"warm": 1},
+        {"warm": True, "evict": True},
+        {"report": ""},
+        {"id": 5},
+    ],
+    ids=str,
+)
+def test_bad_request_params(bad: Any) -> None:
+    with pytest.raises(ConfigError):
+        RequestParams.parse({"cacheblend": bad}, BlendConfig(), num_layers=4)
+
+
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": False}, "text", {"cacheblend": None}], ids=str)
+def test_params_of_others_are_left_alone(params: Any) -> None:
+    assert RequestParams.parse(params, BlendConfig(), num_layers=4) == RequestParams()
+
+
+def test_bad_arguments_of_load_engine(model: str, engines: Engines) -> None:
+    engines.close()
+    for arguments, words in (
+        ({"device": "cuda:7"}, "device"),
+        ({"engine_args": {"max_model_length": 7}}, "max_model_length"),
+        ({"engine_args": {"on_unsupported": "x"}}, "on_unsupported"),
+        ({"base_url": "http://localhost:1"}, "base_url"),
+        ({"dtype": "float7"}, "float7"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_engine(model, engine="vllm", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no hub model"):
+        load_engine("no/such-model", engine="vllm")
+    with pytest.raises(ConfigError, match="check_layers"):
+        load_engine(model, engine="vllm", blend=BlendConfig(check_layers=(7,)), engine_args={"enforce_eager": True})
