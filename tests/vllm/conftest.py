@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ os.environ.update(
 )
 pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
 
-from cacheblend_rag import BlendConfig
+from cacheblend_rag import BlendConfig, Generation
 from cacheblend_rag.engines.vllm import VllmEngine
 
 BLEND = BlendConfig(mode="blend")
@@ -112,6 +115,21 @@ def forget_prefixes(engine: VllmEngine) -> None:
     """Empty vLLM's prefix cache, and poison what was in it."""
     assert scheduler(engine).reset_prefix_cache()
     poison(engine)
+
+
+def together(engine: VllmEngine, requests: list[tuple[str | list[int], dict[str, Any]]]) -> list[Generation]:
+    """Answers to prompts with their arguments, all of which are there before vLLM takes its next step."""
+    go = threading.Event()
+    engine._thread._commands.put(lambda inner: go.wait())
+    with ThreadPoolExecutor(len(requests)) as pool:
+        futures = []
+        for prompt, arguments in requests:
+            waiting = len(engine._thread._requests)
+            futures.append(pool.submit(engine.generate, prompt, **arguments))
+            while len(engine._thread._requests) == waiting:  # one after the other: the order counts
+                time.sleep(0.001)
+        go.set()
+        return [future.result() for future in futures]
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from cacheblend_rag.chunks import ChunkScope, ModelFingerprint
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 
-from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, random_text, scheduler
+from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, random_text, scheduler, together
 
 BLOCK = 32
 SYSTEM = "You answer from passages, and only from those. " + random_text(77, 150) + "\n"
@@ -171,6 +171,39 @@ def test_random_traffic_leaves_plain_answers_alone(case: Case) -> None:
         answer = case.engine.generate(texts[n], max_tokens=4, logprobs=3, blend=settings)
         if mode == "off":
             assert answer.token_ids == alone[n].token_ids
+
+
+@pytest.mark.parametrize("first", ["off", "blend"])
+def test_blocks_that_are_computed_in_the_same_step_are_not_read_before(case: Case, first: str) -> None:
+    """vLLM registers blocks when it allocates them: the second prompt hits what the first has yet to compute."""
+    engine = case.engine
+    texts = [prompt("What of it?", 0, 1), prompt("And this?", 2, 3)]
+    modes = [{"mode": first}, {"mode": "blend"}]
+    alone = []
+    for text, mode in zip(texts, modes, strict=True):
+        forget_prefixes(engine)
+        alone.append(engine.generate(text, max_tokens=6, blend=mode).token_ids)
+    forget_prefixes(engine)
+    arguments = [{"max_tokens": 6, "blend": mode} for mode in modes]
+    answers = together(engine, list(zip(texts, arguments, strict=True)))
+    assert [answer.token_ids for answer in answers] == alone
+    assert answers[1].stats.prefix_tokens == len(SYSTEM) // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_the_last_token_of_a_prompt_is_not_read_before_it_is_computed(case: Case, policy: str) -> None:
+    """A prompt that ends with a block: its last token is left to vLLM's step, and a longer prompt hits that block."""
+    engine = case.engine
+    short = prompt("What of it?", 0, 1)
+    short = "." * (-len(short) % BLOCK) + short
+    long = short + f"\nPassage: {CHUNKS[3]}\nQuestion: And then?"
+    alone = []
+    for text in (short, long):
+        alone.append(engine.generate(text, max_tokens=6, blend={"policy": policy}).token_ids)
+    forget_prefixes(engine)
+    answers = together(engine, [(text, {"max_tokens": 6, "blend": {"policy": policy}}) for text in (short, long)])
+    assert [answer.token_ids for answer in answers] == alone
+    assert answers[1].stats.prefix_tokens == len(short)
 
 
 # Without an engine: hashes of requests, made by vLLM's own hasher.

@@ -13,12 +13,13 @@ import torch
 from cacheblend_rag import Generation
 from cacheblend_rag.vllm.forward import PagedForward
 
-from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, recorded_logits, scheduler
+from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, recorded_logits, scheduler, together
 
 BLOCK = 32
 TOLERANCE = 1e-4
 
-# One engine for most of this file: room for a few short prompts, but not for their answers, and steps far shorter than a prompt.
+# One engine for most of this file: room for a few short prompts, but not for their answers, and steps far shorter
+# than a prompt.
 TIGHT: dict[str, Any] = {
     "block_size": BLOCK,
     "max_model_len": 1024,
@@ -124,23 +125,17 @@ def test_blended_and_plain_requests_in_one_step(engines: Engines, model: str) ->
     case = Case(engine, CHUNKS)
     prompts = [case.prompt(seed) for seed in range(6)]
     modes = ["blend", "off"] * 3
-    expected = [alone(case, [p], max_tokens=12, logprobs=3, blend={"mode": m})[0] for p, m in zip(prompts, modes)]
-    answers: dict[int, Generation] = {}
-    gate = threading.Barrier(6)
-
-    def ask(n: int) -> None:
-        gate.wait()
-        answers[n] = engine.generate(prompts[n], max_tokens=12, logprobs=3, blend={"mode": modes[n]})
-
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(6)]
+    expected = [
+        alone(case, [p], max_tokens=12, logprobs=3, blend={"mode": m})[0] for p, m in zip(prompts, modes, strict=True)
+    ]
+    requests = [
+        (p, {"max_tokens": 12, "logprobs": 3, "blend": {"mode": m}}) for p, m in zip(prompts, modes, strict=True)
+    ]
     with recorded_logits(engine) as steps:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        answers = together(engine, requests)
     assert max(len(logits) for logits in steps) == 6  # they did run together
-    assert_alike([answers[n] for n in range(6)], expected)
-    assert ["blend" in answers[n].stats.decision for n in range(6)] == [True, False] * 3
+    assert_alike(answers, expected)
+    assert [answer.stats.decision == "blend" for answer in answers] == [True, False] * 3
 
 
 def test_preempted_requests_answer_as_they_do_alone(case: Case, preemptions: list[str]) -> None:
