@@ -26,7 +26,13 @@ def _directory(text: str) -> Path:
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model directory or hub id.")]
 Store = Annotated[Path, typer.Option("--store", "-s", metavar="DIR", parser=_directory, help="Chunk store.")]
-EngineName = Annotated[str, typer.Option("--engine", metavar="NAME", help="What runs the model.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="What runs the model: transformers, vllm, or server.")
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", metavar="URL", help="With --engine server: its API, such as http://localhost:8000/v1."),
+]
 Namespace = Annotated[str, typer.Option(metavar="NAME", help="Tenant: chunks of different namespaces never meet.")]
 Primer = Annotated[
     Path | None,
@@ -46,13 +52,17 @@ def open_engine(
     store: Path,
     *,
     engine: str,
+    base_url: str | None,
     namespace: str,
     primer: Path | None,
     dtype: str,
     device: str,
     blend: BlendConfig | None = None,
 ) -> Iterator[Engine]:
-    """Load a model with a store, showing that it takes a while; closed at the end."""
+    """Load a model with a store, showing that it takes a while; closed at the end.
+
+    A server has a store of its own: only the catalogue of texts is kept in ``store`` then.
+    """
     from cacheblend_rag import BlendConfig, load_engine
 
     if Path(model).is_dir():  # nothing to download: one line about loading is enough
@@ -62,8 +72,9 @@ def open_engine(
         loaded = load_engine(
             model,
             engine=engine,
-            store=str(store),
-            blend=blend or BlendConfig(),
+            store=None if engine == "server" else str(store),
+            blend=blend or (None if engine == "server" else BlendConfig()),
+            base_url=base_url,
             dtype=dtype,
             device=device,
             primer=primer_text,

@@ -20,6 +20,7 @@ def ingest(
     model: options.Model,
     store: options.Store,
     engine: options.EngineName = "transformers",
+    base_url: options.BaseUrl = None,
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a chunk.")] = 256,
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
@@ -35,11 +36,19 @@ def ingest(
     from cacheblend_rag.ingestion import find_files, ingest
 
     find_files(directory)  # a directory that isn't there is told before the model is loaded
+    store.mkdir(parents=True, exist_ok=True)  # with a server, only the catalogue is kept there
     last: IngestProgress | None = None
     try:
         with (
             options.open_engine(
-                model, store, engine=engine, namespace=namespace, primer=primer, dtype=dtype, device=device
+                model,
+                store,
+                engine=engine,
+                base_url=base_url,
+                namespace=namespace,
+                primer=primer,
+                dtype=dtype,
+                device=device,
             ) as loaded,
             Catalog(store, loaded.scope) as catalog,
             ingest_progress() as show,

@@ -296,7 +296,7 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
     try:
         return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=engine_args.disable_log_stats)
     except Exception as error:
-        ensure_kv_transfer_shutdown()  # vLLM keeps the connector of a failed start, and would use it for the next engine
+        ensure_kv_transfer_shutdown()  # or vLLM would use the connector of this start for the next engine
         if isinstance(error, RuntimeError | ValueError) and not isinstance(error, CacheBlendError):
             raise CacheBlendError(f"vLLM can't start with {model!r}: {first_line(error)}") from error
         raise

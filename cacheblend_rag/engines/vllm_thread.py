@@ -1,7 +1,7 @@
 """Runs vLLM's engine in a thread of its own, for requests from any thread.
 
-vLLM's ``LLMEngine`` is stepped by whoever uses it and wants one thread. Here one thread makes it and steps it while there
-are requests; requests of all threads join the same batches, and each gets its outputs in a queue.
+vLLM's ``LLMEngine`` is stepped by whoever uses it and wants one thread. Here one thread makes it and steps it while
+there are requests; requests of all threads join the same batches, and each gets its outputs in a queue.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Keeps blended KV out of the prefix cache that exact requests read.
 
 vLLM finds cached blocks by a chain of hashes, each over a block's tokens and the hash before. A block that holds a
-blended token gets a hash of its own kind: from that block on the chain continues from a salted predecessor. Blocks before
-it keep their hashes, so the system prompt stays shared with everybody. The salt is a digest of everything that decides
-the blended values, so a repeated prompt finds its own blended blocks, and nobody else does.
+blended token gets a hash of its own kind: from that block on the chain continues from a salted predecessor. Blocks
+before it keep their hashes, so the system prompt stays shared with everybody. The salt is a digest of everything that
+decides the blended values, so a prompt finds blocks that were blended as it would be, and no others.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ class _Earlier:
 class Salts:
     """Chooses the salts of each blended prompt.
 
-    Besides a repeated prompt, one other may read blended blocks: a prompt that begins with a whole earlier one, the next
-    turn of a conversation. Its own salt would differ, since its question does. With the earlier one's it finds that
-    turn's blocks, question and answer included, just as in an exact conversation. Chunks that are new in the next turn
-    are blended for its own question, so from there on it has a salt of its own.
+    Besides a repeated prompt, one other may read blended blocks: a prompt that begins with a whole earlier one, the
+    next turn of a conversation. Its own salt would differ, since its question does. With the earlier one's it finds
+    that turn's blocks, question and answer included, just as in an exact conversation. Chunks that are new in the next
+    turn are blended for its own question, so from there on it has a salt of its own.
 
-    An earlier prompt is known by the plain hash of its last full block, which covers all before it, and its last tokens.
+    An earlier prompt is known by the plain hash of its last full block, which covers all before it, and by the tokens
+    after that.
 
     Args:
         scope: Model and primer.

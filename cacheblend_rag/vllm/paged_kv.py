@@ -1,8 +1,8 @@
 """Reads and writes vLLM's paged KV cache, whatever its layout.
 
-Backends pack a block's keys and values as their kernels like them: transposed, interleaved, by instruction set. So nothing
-here indexes the cache by hand. Writing is the backend's own method. Reading goes through a permutation that is learnt
-once: coded values are written with the backend's method, and where they arrive tells where each element lies.
+Backends pack a block's keys and values as their kernels like them: transposed, interleaved, by instruction set. So
+nothing here indexes the cache by hand. Writing is the backend's own method. Reading goes through a permutation that is
+learnt once: coded values are written with the backend's method, and where they arrive tells where each element lies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PagedKV:
         cache = first.kv_cache
         if cache.shape[0] != num_blocks or any(layer.kv_cache.shape != cache.shape for layer in layers):
             raise UnsupportedModelError(
-                f"its KV cache of shape {tuple(cache.shape)} is not one of {num_blocks} blocks that is alike in all layers"
+                f"its KV cache of shape {tuple(cache.shape)} is not one of {num_blocks} blocks, alike in all layers"
             )
         self.dtype: torch.dtype = cache.dtype
         self.device: torch.device = cache.device

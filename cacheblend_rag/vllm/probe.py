@@ -1,8 +1,8 @@
 """Finds out on the loaded model itself whether it can be blended.
 
 What a blend relies on is tested, not looked up by name: a pass over rows with gaps must give what a pass over all rows
-gives, keys shifted by some positions must be those computed there, in every layer, and what is read from the paged cache
-must be what was written. It runs before the engine serves anything, in blocks that nobody uses yet.
+gives, and keys shifted by some positions, read from the paged cache and written to it, must be those computed there, in
+every layer. It runs before the engine serves anything, in blocks that nobody uses yet.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from cacheblend_rag.vllm.model import PagedModel
 # Long enough for rows with gaps between them, short enough to cost nothing.
 _TOKENS = 24
 _SHIFT = 7
-# Shares of the largest value. Below is rounding; a wrong mask or rotation gives errors near 1.
+# Shares of the largest value, for what one layer computes. Below is rounding; a wrong mask or rotation gives errors
+# near 1, through all layers too, where rounding (of quantised activations most) adds up.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_THROUGH_LAYERS = 5
 
 
 @torch.inference_mode()
@@ -32,18 +34,19 @@ def probe(model: PagedModel) -> None:
     """
     name = type(model.model).__name__
     try:
-        error = _largest_error(model)
+        errors = _errors(model)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever foreign code does with rows it doesn't expect
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UnsupportedModelError(f"{name} can't be blended: it can't be run on chosen tokens ({reason})") from error
-    for what, miss in error.items():
-        if not miss < _TOLERANCE[model.kv.dtype]:  # NaN too
+    for what, (miss, share) in errors.items():
+        if not miss < share * _TOLERANCE[model.kv.dtype]:  # NaN too
             raise UnsupportedModelError(f"{name} can't be blended: {what} (error {miss:.1%})")
 
 
-def _largest_error(model: PagedModel) -> dict[str, float]:
+def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
+    """What may be wrong, by how much it is, and how many times the tolerance it may be."""
     device = model.kv.device
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(model.vllm_config.model_config.get_vocab_size(), (_TOKENS,), generator=generator).to(
@@ -69,9 +72,10 @@ def _largest_error(model: PagedModel) -> dict[str, float]:
     later.place([(chunk, Segment(_SHIFT, _TOKENS, "", 0))])
     shifted = later.read(_SHIFT, _SHIFT + _TOKENS)
     return {
-        "a pass over some tokens changes what it computes": _relative(gaps, hidden[1::2]),
-        "what it computes depends on absolute positions": _relative(moved_hidden, hidden),
-        "its keys can't be shifted to other positions": _relative(shifted, moved),
+        "its keys can't be shifted to other positions": (_relative(shifted[0, 0], moved[0, 0]), 1),
+        "a pass over some tokens changes what it computes": (_relative(gaps, hidden[1::2]), _THROUGH_LAYERS),
+        "what it computes depends on absolute positions": (_relative(moved_hidden, hidden), _THROUGH_LAYERS),
+        "keys of deeper layers can't be shifted": (_relative(shifted, moved), _THROUGH_LAYERS),
     }
 
 

@@ -138,7 +138,14 @@ class SchedulerHalf:
             self._plan_generation(plan)
         elif self.refusal and plan.params.action in ("warm", "evict"):
             # Served plainly on purpose: nothing to store, and no reason to stop an ingestion.
-            plan.answer = {"stored": 0, "already_there": 0, "tokens": 0, "bytes": 0, "evicted": 0, "reason": self.refusal}
+            plan.answer = {
+                "stored": 0,
+                "already_there": 0,
+                "tokens": 0,
+                "bytes": 0,
+                "evicted": 0,
+                "reason": self.refusal,
+            }
             _replace_prompt(request, plan.ids[:1])
         elif _obstacle(request):
             plan.answer = {"error": f"bad request: {_obstacle(request)}"}

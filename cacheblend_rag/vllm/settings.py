@@ -38,7 +38,7 @@ class ConnectorSettings:
     max_bytes: int | None = None
     namespace: str = "default"
     primer: str = DEFAULT_PRIMER
-    blend: BlendConfig = BlendConfig()
+    blend: BlendConfig = dataclasses.field(default_factory=BlendConfig)
     on_unsupported: OnUnsupported = "refuse"
 
     @classmethod
@@ -82,15 +82,15 @@ class RequestParams:
     """What one request asks for, in ``kv_transfer_params={"cacheblend": {...}}``.
 
     Attributes:
-        action: ``"generate"`` unless one of these is given: ``warm: true`` (the prompt is a chunk: prefill it behind the
-            primer and store its KV), ``evict: true`` (the prompt is a chunk: forget it), ``describe: true`` (tell model,
-            primer and settings), ``report: ID`` (tell the stats of an earlier request).
+        action: ``"generate"`` unless one of these is given: ``warm: true`` (the prompt is a chunk: prefill it behind
+            the primer and store its KV), ``evict: true`` (the prompt is a chunk: forget it), ``describe: true`` (tell
+            model, primer and settings), ``report: ID`` (tell the stats of an earlier request).
         blend: The request's settings.
         request_id: ``id``, a name by which ``report`` finds this request's stats; for ``report`` the one to tell.
     """
 
     action: Action = "generate"
-    blend: BlendConfig = BlendConfig()
+    blend: BlendConfig = dataclasses.field(default_factory=BlendConfig)
     request_id: str | None = None
 
     @classmethod

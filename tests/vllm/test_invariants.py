@@ -1,5 +1,5 @@
-"""I1 (ratio 1 is plain prefill), I2 (exact KV gives exact answers), I3 (no pollution), I4 (shifting), I7 (determinism) on
-real vLLM: SmolLM2 and small random models of every kind, in float32, with poisoned KV."""
+"""I1 (ratio 1 is plain prefill), I2 (exact KV gives exact answers), I3 (no pollution), I4 (shifting), I7 (determinism)
+on real vLLM: SmolLM2 and small random models of every kind, in float32, with poisoned KV."""
 
 from __future__ import annotations
 

@@ -80,7 +80,10 @@ def resident_bytes() -> int:
 
 def in_a_process(function: str, model: str) -> dict[str, Any]:
     """Call one of the functions above in a new process."""
-    code = f"import json, sys; from tests.vllm.test_soak import {function} as f; print('RESULT' + json.dumps(f(sys.argv[1])))"
+    code = (
+        "import json, sys\nfrom tests.vllm import test_soak\n"
+        f"print('RESULT' + json.dumps(test_soak.{function}(sys.argv[1])))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, model],
         cwd=Path(__file__).parents[2],

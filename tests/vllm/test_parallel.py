@@ -1,0 +1,223 @@
+"""I5: tensor-parallel ranks choose the same tokens, and answer as one rank does. Quantised weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cacheblend_rag.engines.vllm import VllmEngine
+
+from .conftest import BLEND, CHUNKS, WIDE, Case, Engines, connectors, forget_prefixes, open_engine
+
+POLICIES = ["hkvd", "query_aware"]
+RATIOS = [0.0, 0.15, 0.5, 1.0]
+
+
+def rank_choices(worker: Any) -> list[list[int]]:
+    """What this rank has chosen so far: runs in each worker."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    known = get_kv_transfer_group()._worker._choices._known
+    return [choice.positions.tolist() for choice in known.values()]
+
+
+def answers(model: str, store: str, ranks: int, lost_on_one_rank: bool = False) -> dict[str, Any]:
+    """Answers of an engine with so many ranks, and what each rank chose."""
+    engine = VllmEngine(
+        model,
+        store=store,
+        blend=BLEND,
+        dtype="float32",
+        device="auto",
+        primer="Some passages follow.\n\n",
+        namespace="test",
+        engine_args={"enforce_eager": True, "max_model_len": 2048, "tensor_parallel_size": ranks, "block_size": 32},
+    )
+    warmed = engine.warm(CHUNKS)
+    case = Case(engine, CHUNKS)
+    if lost_on_one_rank:
+        engine._thread.engine.collective_rpc(lose_first_read_on_the_last_rank)
+    found: dict[str, Any] = {"stored": warmed.stored}
+    for policy in POLICIES:
+        for ratio in RATIOS:
+            prompt = case.prompt(POLICIES.index(policy) * 10 + RATIOS.index(ratio))
+            answer = engine.generate(
+                prompt, max_tokens=6, logprobs=4, blend={"policy": policy, "recompute_ratio": ratio}
+            )
+            stats = answer.stats
+            found[f"{policy} {ratio}"] = {
+                "token_ids": answer.token_ids,
+                "logprobs": [[*sorted(entry.items())] for entry in answer.logprobs or []],
+                "stats": [stats.decision, stats.reused_tokens, stats.recomputed_tokens, stats.faults],
+            }
+    found["choices"] = engine._thread.engine.collective_rpc(rank_choices)
+    engine.close()
+    return found
+
+
+def lose_first_read_on_the_last_rank(worker: Any) -> None:
+    """One rank can't read a chunk that the others can."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    half = get_kv_transfer_group()._worker
+    if half._model.is_first_rank:
+        return
+    read, lost = half._read, []
+
+    def failing(key: str) -> Any:
+        if not lost or key in lost:
+            lost.append(key)
+            return None
+        return read(key)
+
+    half._read = failing
+
+
+def in_a_process(model: str, store: Path, ranks: int, *, lost: bool = False) -> dict[str, Any]:
+    """Several ranks are several processes: a client of them, too."""
+    code = (
+        "import json, sys\n"
+        "from tests.vllm import test_parallel\n"
+        "if __name__ == '__main__':\n"
+        "    model, store, ranks, lost = json.loads(sys.argv[1])\n"
+        "    print('RESULT' + json.dumps(test_parallel.answers(model, store, ranks, lost)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([model, str(store), ranks, lost])],
+        cwd=Path(__file__).parents[2],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask the workers what they chose
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "auto",
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))
+    return result
+
+
+@pytest.fixture(scope="module")
+def even_heads(make_model: Callable[..., str]) -> str:
+    return make_model("qwen3", **WIDE)
+
+
+@pytest.fixture(scope="module")
+def one_rank(even_heads: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return in_a_process(even_heads, tmp_path_factory.mktemp("one") / "store", 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(even_heads: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return in_a_process(even_heads, tmp_path_factory.mktemp("two") / "store", 2)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+@pytest.mark.timeout(600)
+class TestTensorParallel:
+    def test_ranks_choose_the_same_tokens(self, two_ranks: dict[str, Any]) -> None:
+        first, second = two_ranks["choices"]
+        assert first == second
+        assert max(map(len, first)) > 200
+
+    def test_two_ranks_answer_as_one(self, one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:
+        """Each stored its chunks itself: saving gathers the heads of both ranks."""
+        assert one_rank["stored"] == two_ranks["stored"] == len(CHUNKS)
+        for name in one_rank.keys() - {"choices", "stored"}:
+            one, two = one_rank[name], two_ranks[name]
+            assert one["stats"] == two["stats"]
+            assert one["stats"][0] == "blend"
+            for a, b in zip(one["logprobs"], two["logprobs"], strict=True):
+                mine, theirs = dict(map(tuple, a)), dict(map(tuple, b))
+                gap = max(abs(mine[token] - theirs[token]) for token in mine.keys() & theirs.keys())
+                assert gap < 1e-3, name  # a token within 1e-4 of a tie may have been chosen instead of another
+            assert one["token_ids"] == two["token_ids"]
+        mine, theirs = one_rank["choices"][0], two_ranks["choices"][0]
+        assert all(len(set(a) ^ set(b)) <= 2 for a, b in zip(mine, theirs, strict=True))
+
+    def test_a_chunk_that_one_rank_can_not_read_is_lost_to_both(
+        self, even_heads: str, two_ranks: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """Ranks that went on with different chunks would wait for each other for ever."""
+        broken = in_a_process(even_heads, tmp_path / "store", 2, lost=True)
+        assert broken["choices"][0] == broken["choices"][1]
+        faults = [broken[name]["stats"][3] for name in broken.keys() - {"choices", "stored"}]
+        assert max(faults) == 1
+        assert all(
+            answer["stats"][0] == "blend" for name, answer in broken.items() if name not in ("choices", "stored")
+        )
+
+
+def quantised(model: str, folder: Path) -> str:
+    """The same model with its linear layers in int8, a scale a row, as compressed-tensors stores them."""
+    tensors = load_file(Path(model) / "model.safetensors")
+    packed: dict[str, torch.Tensor] = {}
+    for name, weight in tensors.items():
+        if name.endswith("proj.weight"):
+            scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+            packed[name] = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
+            packed[name.replace("weight", "weight_scale")] = scale
+        else:
+            packed[name] = weight
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in Path(model).iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_text(file.read_text())
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**scheme, "strategy": "channel", "dynamic": False},
+                "input_activations": {**scheme, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_quantised_weights(engines: Engines, make_model: Callable[..., str], tmp_path: Path) -> None:
+    """W8A8 linear layers: ratio 1 is plain prefill; chunks are never those of the unquantised model."""
+    engines.close()
+    plain_model = make_model("llama3-scaled", **WIDE)
+    store = tmp_path / "store"
+    with open_engine(plain_model, store, dtype="bfloat16") as engine:
+        unquantised = engine.scope
+        engine.warm(CHUNKS)
+    (tmp_path / "int8").mkdir()
+    with open_engine(quantised(plain_model, tmp_path / "int8"), store, dtype="bfloat16") as engine:
+        layers = connectors(engine)[1]._worker._model.model.model.layers
+        assert layers[0].self_attn.qkv_proj.weight.dtype == torch.int8
+        assert engine.scope != unquantised
+        case = Case(engine, CHUNKS)
+        assert engine.generate(case.prompt(0), max_tokens=2).stats.decision == "prefill"
+        assert engine.warm(CHUNKS).stored == len(CHUNKS)
+        for seed in range(3):
+            prompt = case.prompt(seed)
+            plain = case.logits(prompt, mode="off")
+            # bfloat16 and int8 activations: twice what plain prefill shows against itself in other slices.
+            noise = float((case.logits(case.ids(prompt), mode="blend", recompute_ratio=1.0) - plain).abs().max())
+            reuse = float((case.logits(prompt, recompute_ratio=0.0) - plain).abs().max())
+            assert noise < 0.05 * float(plain.abs().max())
+            assert reuse > 3 * noise
+        forget_prefixes(engine)
+        assert engine.generate(case.prompt(0), max_tokens=4).stats.decision == "blend"

@@ -1,0 +1,424 @@
+"""Over HTTP, with real SmolLM2: ``cacheblend serve`` and a bare vLLM server on one store, and the engine that talks to
+them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from cacheblend_rag import BlendConfig, ConfigError, PromptTooLongError, ServerError, UnsupportedModelError, load_engine
+from cacheblend_rag.engines.server import ServerEngine
+from cacheblend_rag.engines.transformers import TransformersEngine
+from cacheblend_rag.errors import ChunkTooLongError
+
+from .conftest import BLEND, PRIMER, Case, Engines, random_text
+from .servers import BARE, SERVE, free_port, serving, transfer_config
+
+CHUNKS = [random_text(seed, 300 + 10 * seed) for seed in range(6)]
+TEMPLATE = """{%- if tools %}Tools: {{ tools | tojson }}
+{% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, engines: Engines) -> Path:
+    engines.close()
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, smollm2: str) -> Iterator[str]:
+    """``cacheblend serve``: base URL."""
+    (folder / "primer.txt").write_text(PRIMER)
+    (folder / "template.jinja").write_text(TEMPLATE)
+    options = ["--store", str(folder / "store"), "--namespace", "test", "--primer", str(folder / "primer.txt")]
+    options += ["--mode", "blend", "--served-model-name", "smol", "--max-model-len", "4096"]
+    options += ["--max-num-batched-tokens", "512", "--chat-template", str(folder / "template.jinja")]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with serving([*SERVE, smollm2, *options], folder / "serve.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def bare(folder: Path, smollm2: str, served: str) -> Iterator[str]:
+    """A second replica: vLLM's own server with nothing but a KV connector; it shares the store."""
+    extra = {"store": str(folder / "store"), "namespace": "test", "primer": PRIMER, "blend": {"mode": "blend"}}
+    options = [*transfer_config(**extra), "--served-model-name", "smol", "--max-model-len", "4096"]
+    with serving([*BARE, smollm2, *options], folder / "bare.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def engine(served: str) -> Iterator[ServerEngine]:
+    with load_engine("smol", engine="server", base_url=served, namespace="test") as engine:
+        assert isinstance(engine, ServerEngine)
+        engine.warm(CHUNKS)
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def embedded(smollm2: str) -> Iterator[TransformersEngine]:
+    """The embedded engine, to compare with."""
+    with load_engine(smollm2, dtype="float32", primer=PRIMER, namespace="test", blend=BLEND) as engine:
+        assert isinstance(engine, TransformersEngine)
+        engine.warm(CHUNKS)
+        yield engine
+
+
+def prompt(seed: int) -> str:
+    return Case(None, CHUNKS).prompt(seed)  # type: ignore[arg-type]  # only its texts are used
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """What any client may do."""
+    request = urllib.request.Request(
+        f"{url}/{path}", json.dumps({"model": "smol", **body}).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    found = 0.0
+    for line in text.splitlines():
+        if line.startswith(f"vllm:cacheblend_{name}{{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
+            found += float(line.rsplit(" ", 1)[1])
+    return found
+
+
+# Any client
+
+
+def test_a_client_without_our_code(served: str, engine: ServerEngine) -> None:
+    status, answer = post(served, "completions", {"prompt": prompt(0), "max_tokens": 4, "temperature": 0})
+    assert status == 200
+    stats = answer["kv_transfer_params"]["cacheblend"]
+    assert stats["decision"] == "blend"
+    total = sum(stats[f"{kind}_tokens"] for kind in ("prefix", "reused", "recomputed", "missed"))
+    assert total == stats["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    assert 0 < stats["load"] < stats["ttft"]
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"tools": [TOOL]}, {"tools": [TOOL], "tool_choice": "auto"}], ids=["plain", "tools", "auto"]
+)
+def test_chat_completions_with_the_servers_template(served: str, engine: ServerEngine, extra: dict[str, Any]) -> None:
+    messages = [
+        {"role": "system", "content": "Answer from the passages."},
+        {"role": "user", "content": "\n\n".join([*CHUNKS[1:4], "Which passage is the second?"])},
+    ]
+    body = {"messages": messages, "max_tokens": 4, "temperature": 0, **extra}
+    status, answer = post(served, "chat/completions", body)
+    assert status == 200
+    stats = answer["kv_transfer_params"]["cacheblend"]
+    assert stats["decision"] in ("blend", "prefix")
+    assert stats["segments"] == 3 or stats["prefix_tokens"] > 256  # a repeat goes on from its own blocks
+    client = openai.OpenAI(base_url=served, api_key="none")
+    again = client.chat.completions.create(model="smol", **body)
+    assert again.choices[0].message.content == answer["choices"][0]["message"]["content"]
+
+
+def test_overrides_of_one_request(served: str, engine: ServerEngine) -> None:
+    def stats(**ours: Any) -> dict[str, Any]:
+        body = {"prompt": prompt(1), "max_tokens": 1, "kv_transfer_params": {"cacheblend": ours}}
+        status, answer = post(served, "completions", body)
+        assert status == 200
+        told: dict[str, Any] = answer["kv_transfer_params"]["cacheblend"]
+        return told
+
+    assert stats(mode="off")["reason"] == "mode is off"
+    half = stats(recompute_ratio=0.5, policy="hkvd")
+    assert half["policy"] == "hkvd"
+    assert half["recomputed_tokens"] == pytest.approx(half["reused_tokens"], abs=1)
+
+
+BAD = [
+    {"recompute_ratio": 7},
+    {"policy": "best"},
+    {"check_layers": [30]},
+    {"mode": "sometimes"},
+    {"warm": "yes"},
+    {"temperature": 1},
+    "blend",
+]
+
+
+@pytest.mark.parametrize("ours", BAD, ids=str)
+def test_bad_settings_are_a_400(served: str, ours: Any) -> None:
+    for path, body in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": []})):
+        status, answer = post(served, path, {**body, "kv_transfer_params": {"cacheblend": ours}})
+        assert status == 400
+        assert answer["error"]["param"] == "kv_transfer_params"
+        assert len(answer["error"]["message"].splitlines()) == 1
+
+
+@pytest.mark.parametrize("ours", BAD, ids=str)
+def test_on_a_bare_server_bad_settings_are_told_in_the_stats(bare: str, ours: Any) -> None:
+    body = {"prompt": prompt(0), "max_tokens": 1, "kv_transfer_params": {"cacheblend": ours}}
+    status, answer = post(bare, "completions", body)
+    assert status == 200
+    stats = answer["kv_transfer_params"]["cacheblend"]
+    assert stats["decision"] != "blend"
+    assert stats["reason"].startswith("bad kv_transfer_params: ")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'"cacheblend"', b'{"cacheblend": 1}', b'[{"kv_transfer_params": "cacheblend"}]']
+)
+def test_broken_bodies_are_vllms_to_refuse(served: str, body: bytes) -> None:
+    request = urllib.request.Request(f"{served}/completions", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert 400 <= error.value.code < 500
+
+
+def test_warming_by_any_client(served: str, bare: str, engine: ServerEngine) -> None:
+    """Text in, a chunk stored; the other replica blends it at once."""
+    text = random_text(99, 400)
+    warm = {"prompt": text, "kv_transfer_params": {"cacheblend": {"warm": True}}}
+    first, second = (post(served, "completions", warm)[1]["kv_transfer_params"]["cacheblend"] for _ in range(2))
+    assert (first["stored"], second["stored"], second["already_there"]) == (1, 0, 1)
+    assert first["bytes"] > first["tokens"] == engine.count_tokens(text)
+    question = {"prompt": f"Read this.\n{text}\nWhat does it say, and why?", "max_tokens": 1}
+    assert post(bare, "completions", question)[1]["kv_transfer_params"]["cacheblend"]["decision"] == "blend"
+    evict = {"prompt": text, "kv_transfer_params": {"cacheblend": {"evict": True}}}
+    assert post(bare, "completions", evict)[1]["kv_transfer_params"]["cacheblend"] == {"evicted": 1}
+    question["prompt"] += " And how?"
+    assert post(served, "completions", question)[1]["kv_transfer_params"]["cacheblend"]["decision"] != "blend"
+
+
+def test_metrics(served: str, engine: ServerEngine) -> None:
+    before = {kind: metric(served, "prompt_tokens_total", source=kind) for kind in ("reused", "missed")}
+    requests = metric(served, "requests_total", decision="blend")
+    stats = engine.generate(prompt(40), max_tokens=1).stats
+    assert stats.decision == "blend"
+    time.sleep(0.5)
+    assert metric(served, "requests_total", decision="blend") == requests + 1
+    assert metric(served, "prompt_tokens_total", source="reused") == before["reused"] + stats.reused_tokens
+    assert metric(served, "prompt_tokens_total", source="missed") == before["missed"] + stats.missed_tokens
+    assert metric(served, "ttft_seconds_count") >= metric(served, "recompute_seconds_count") > 0
+    assert metric(served, "warmed_chunks_total") >= len(CHUNKS)
+
+
+# Invariants across processes
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_the_server_answers_as_the_embedded_engine_does(
+    engine: ServerEngine, embedded: TransformersEngine, policy: str
+) -> None:
+    assert engine.scope == embedded.scope
+    for seed in (20, 21) if policy == "hkvd" else (22, 23):
+        mine = engine.generate(prompt(seed), max_tokens=8, logprobs=3, blend={"policy": policy})
+        theirs = embedded.generate(prompt(seed), max_tokens=8, logprobs=3, blend={"policy": policy})
+        assert mine.token_ids == theirs.token_ids
+        assert mine.stats.segments == theirs.stats.segments == 4
+        assert mine.logprobs is not None and theirs.logprobs is not None
+        assert mine.logprobs[0].keys() == theirs.logprobs[0].keys()
+
+
+def test_i1_and_i3_over_http(engine: ServerEngine, bare: str) -> None:
+    text = prompt(5)
+    blended = engine.generate(text, max_tokens=8, logprobs=5, blend={"recompute_ratio": 0.0})
+    plain = engine.generate(text, max_tokens=8, logprobs=5, blend={"mode": "off"})
+    exact = engine.generate(text, max_tokens=8, logprobs=5, blend={"recompute_ratio": 1.0})
+    assert blended.logprobs != plain.logprobs
+    assert exact.token_ids == plain.token_ids
+    assert exact.logprobs is not None and plain.logprobs is not None
+    for mine, theirs in zip(exact.logprobs, plain.logprobs, strict=True):
+        assert all(abs(mine[token] - theirs[token]) < 1e-4 for token in mine.keys() & theirs.keys())
+    # The other replica has never seen a blend of it.
+    body = {"prompt": text, "max_tokens": 8, "temperature": 0, "kv_transfer_params": {"cacheblend": {"mode": "off"}}}
+    assert post(bare, "completions", body)[1]["choices"][0]["text"] == plain.text
+
+
+def test_i7_over_http(engine: ServerEngine) -> None:
+    prompts = [prompt(seed) for seed in range(10, 14)]
+    alone = [engine.generate(text, max_tokens=8).token_ids for text in prompts]
+    assert [answer.token_ids for answer in engine.generate(prompts, max_tokens=8)] == alone
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda text: engine.generate(text, max_tokens=8).token_ids, prompts * 2))
+    assert answers == alone * 2
+
+
+# The engine
+
+
+def test_streams_join_to_the_answer(engine: ServerEngine) -> None:
+    whole = engine.generate(prompt(2), max_tokens=12, logprobs=2)
+    *pieces, last = engine.stream(prompt(2), max_tokens=12, logprobs=2)
+    assert last.generation is not None
+    assert "".join([*pieces, last]) == whole.text == last.generation.text
+    assert last.generation.token_ids == whole.token_ids
+    assert len(pieces) > 4
+    assert last.generation.stats.decision in ("blend", "prefix")
+    assert 0 < last.generation.stats.ttft < 60
+
+
+def test_async_does_as_sync(engine: ServerEngine) -> None:
+    async def ask() -> tuple[list[Any], str]:
+        answers = await asyncio.gather(*(engine.agenerate(prompt(seed), max_tokens=6) for seed in (2, 3)))
+        return answers, "".join([piece async for piece in engine.astream(prompt(2), max_tokens=6)])
+
+    expected = [engine.generate(prompt(seed), max_tokens=6).text for seed in (2, 3)]
+    for _ in range(2):  # each with an event loop of its own
+        answers, streamed = asyncio.run(ask())
+        assert [answer.text for answer in answers] == expected
+        assert streamed == expected[0]
+
+
+def test_a_stop_string_ends_the_answer(engine: ServerEngine) -> None:
+    whole = engine.generate(prompt(2), max_tokens=12)
+    stop = whole.text[3:6]
+    answer = engine.generate(prompt(2), max_tokens=12, stop=[stop])
+    assert (answer.text, answer.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert answer.stats.prompt_tokens == whole.stats.prompt_tokens
+    assert answer.stats.decision in ("blend", "prefix")
+
+
+def test_sampling_and_token_ids(engine: ServerEngine) -> None:
+    ids = engine._tokenize(prompt(3))
+    sampled = [engine.generate(ids, max_tokens=10, temperature=1.0, top_p=0.9, top_k=40, seed=7) for _ in range(2)]
+    assert sampled[0].token_ids == sampled[1].token_ids
+    assert engine.generate(ids, max_tokens=10).token_ids == engine.generate(prompt(3), max_tokens=10).token_ids
+
+
+def test_warm_is_idempotent_and_checks_lengths(engine: ServerEngine) -> None:
+    new = [random_text(seed, 200) for seed in (200, 201)]
+    seen: list[tuple[int, int]] = []
+    report = engine.warm([*new, new[0], ""], progress=lambda done, total: seen.append((done, total)))
+    assert (report.stored, report.already_there) == (2, 2)
+    assert seen[-1] == (4, 4)
+    assert engine.warm(new).already_there == 2
+    assert engine.evict([*new, "never seen before by anybody"]) == 2
+    with pytest.raises(ChunkTooLongError, match="chunk 1 has"):
+        engine.warm([new[0], "word " * 5000])
+    assert engine.evict(new) == 0  # nothing was prefilled
+
+
+def test_templates_and_tokens_are_the_servers(engine: ServerEngine) -> None:
+    text = engine.render_chat([{"role": "user", "content": "hello"}])
+    assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert engine.count_tokens("hello world") == 2
+
+
+def test_bad_requests_are_one_clear_line(engine: ServerEngine) -> None:
+    for call, kind in (
+        (lambda: engine.generate("word " * 6000, max_tokens=1), PromptTooLongError),
+        (lambda: engine.generate([1] * 4000, max_tokens=200), PromptTooLongError),
+        (lambda: engine.generate("", max_tokens=1), ConfigError),
+        (lambda: engine.generate("x", logprobs=1000), ConfigError),
+        (lambda: engine.generate("x", blend={"check_layers": (30,)}), ConfigError),
+        (lambda: engine.generate("x", top_q=1), ConfigError),
+    ):
+        with pytest.raises(kind) as error:
+            call()
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_bad_addresses_names_and_settings(served: str) -> None:
+    def load(model: str = "smol", url: str = served, **changes: Any) -> Callable[[], Any]:
+        return lambda: load_engine(model, engine="server", base_url=url, **{"namespace": "test", **changes})
+
+    quick = {"timeout": 2.0, "max_retries": 0}
+    for call, kind, words in (
+        (load("other"), ConfigError, "serves smol, not 'other'"),
+        (load(namespace="elsewhere"), ConfigError, "namespace 'test', not 'elsewhere'"),
+        (load(url=f"http://127.0.0.1:{free_port()}/v1", engine_args=quick), ServerError, "can't be reached"),
+        (load(engine_args={"speed": 1}), ConfigError, "speed"),
+        (load(store="here"), ConfigError, "store is the server's"),
+        (load(dtype="float32"), ConfigError, "dtype is the server's"),
+        (load(blend=BlendConfig(check_layers=(99,))), ConfigError, "check_layers"),
+        (lambda: load_engine("smol", engine="server"), ConfigError, "base_url"),
+    ):
+        with pytest.raises(kind, match=re.escape(words)):
+            call()
+
+
+def test_a_server_that_does_not_answer_is_an_error_within_the_timeout() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        started = time.monotonic()
+        with pytest.raises(ServerError, match="did not answer within"):
+            load_engine("smol", engine="server", base_url=url, engine_args={"timeout": 1.0, "max_retries": 0})
+        assert time.monotonic() - started < 10
+
+
+# The command line
+
+
+def test_ingest_and_query_by_way_of_the_server(served: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from cacheblend_rag.cli import app
+
+    (tmp_path / "docs").mkdir()
+    for n in range(3):
+        (tmp_path / "docs" / f"{n}.txt").write_text(f"Note {n} on harbours. {random_text(300 + n, 500)}")
+    common = ["--engine", "server", "--base-url", served, "--model", "smol", "--namespace", "test"]
+    common += ["--store", str(tmp_path / "catalog")]
+    ingest = ["ingest", str(tmp_path / "docs"), *common, "--json"]
+    first = CliRunner().invoke(app, ingest)
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["stored"] >= 3
+    again = json.loads(CliRunner().invoke(app, ingest).stdout)
+    assert (again["stored"], again["already_there"]) == (0, json.loads(first.stdout)["stored"])
+    asked = CliRunner().invoke(app, ["query", "harbours", *common, "--mode", "blend", "--max-tokens", "4", "--json"])
+    assert asked.exit_code == 0, asked.output
+    assert json.loads(asked.stdout)["stats"]["decision"] == "blend"
+
+
+def test_serve_refuses_what_it_can_not_blend(
+    make_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from cacheblend_rag.cli import app
+
+    windowed = make_model("mistral", hidden_size=128, sliding_window=64)
+    for options, words in (
+        ([windowed], "sliding window of 64"),
+        ([str(tmp_path / "nothing")], "does not exist"),
+        ([windowed, "--ratio", "3"], "recompute_ratio"),
+        ([windowed, "--on-unsupported", "cry"], "on_unsupported"),
+    ):
+        result = CliRunner().invoke(app, ["serve", *options, "--store", str(tmp_path / "kv")])
+        assert result.exit_code == 1
+        assert words in result.stderr
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_a_server_without_the_connector(folder: Path, model: str) -> None:
+    with (
+        serving([*BARE, model, "--max-model-len", "512"], folder / "plain.log") as url,
+        pytest.raises(UnsupportedModelError, match="without CacheBlend"),
+    ):
+        load_engine(model, engine="server", base_url=url)
