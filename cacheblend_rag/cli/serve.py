@@ -40,7 +40,7 @@ def serve(
     from cacheblend_rag.primer import DEFAULT_PRIMER
     from cacheblend_rag.vllm.compat import check_version
     from cacheblend_rag.vllm.middleware import NUM_LAYERS_VARIABLE, CheckParams
-    from cacheblend_rag.vllm.plugin import CONNECTOR
+    from cacheblend_rag.vllm.plugin import CONNECTOR_CONFIG
     from cacheblend_rag.vllm.settings import ConnectorSettings
 
     check_version()
@@ -62,11 +62,7 @@ def serve(
     )
     config = load_config(model, resolve_model(model))
     os.environ[NUM_LAYERS_VARIABLE] = str(config.get_text_config().num_hidden_layers)
-    transfer = {
-        "kv_connector": CONNECTOR,
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": settings.to_extra_config(),
-    }
+    transfer = {**CONNECTOR_CONFIG, "kv_connector_extra_config": settings.to_extra_config()}
     arguments = ["--model", model, "--kv-transfer-config", json.dumps(transfer)]
     arguments += ["--middleware", f"{CheckParams.__module__}.{CheckParams.__name__}"]
     if not any(argument.startswith("--prefix-caching-hash-algo") for argument in context.args):

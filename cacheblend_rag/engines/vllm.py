@@ -26,7 +26,7 @@ from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore
 from cacheblend_rag.vllm.compat import check_version
-from cacheblend_rag.vllm.plugin import CONNECTOR, register
+from cacheblend_rag.vllm.plugin import CONNECTOR_CONFIG, register
 from cacheblend_rag.vllm.settings import ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
 
@@ -282,8 +282,7 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
             model=model,
             dtype=dtype,  # type: ignore[arg-type]  # vLLM checks it
             kv_transfer_config={
-                "kv_connector": CONNECTOR,
-                "kv_role": "kv_both",
+                **CONNECTOR_CONFIG,
                 "kv_connector_extra_config": settings.to_extra_config(),
             },
             **{"max_logprobs": -1, "prefix_caching_hash_algo": "xxhash", "disable_log_stats": True, **arguments},

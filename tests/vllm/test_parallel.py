@@ -206,7 +206,7 @@ def test_quantised_weights(engines: Engines, make_model: Callable[..., str], tmp
     (tmp_path / "int8").mkdir()
     with open_engine(quantised(plain_model, tmp_path / "int8"), store, dtype="bfloat16") as engine:
         layers = connectors(engine)[1]._worker._model.model.model.layers
-        assert layers[0].self_attn.qkv_proj.weight.dtype == torch.int8
+        assert "CompressedTensors" in type(layers[0].self_attn.qkv_proj.quant_method).__name__
         assert engine.scope != unquantised
         case = Case(engine, CHUNKS)
         assert engine.generate(case.prompt(0), max_tokens=2).stats.decision == "prefill"
