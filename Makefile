@@ -20,7 +20,7 @@ test-slow: $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct ## Tests that take
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
-	$(PYTHON) -m pytest -q -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/engines/test_gpu.py
+	$(PYTHON) -m pytest -q -rs -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/engines/test_gpu.py tests/vllm/test_gpu.py
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -25,8 +25,14 @@ os.environ.update(
 )
 pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
 
-from cacheblend_rag import BlendConfig, Generation
+from cacheblend_rag import BlendConfig, Generation, policies
+from cacheblend_rag.blending import BlendForward
+from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.engines.vllm import VllmEngine
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.store import MemoryStore
+from cacheblend_rag.vllm.forward import PagedForward, run_rows
 
 BLEND = BlendConfig(mode="blend")
 PRIMER = "Some passages follow.\n\n"
@@ -181,6 +187,70 @@ def recorded_logits(engine: VllmEngine) -> Iterator[list[torch.Tensor]]:
         yield found
     finally:
         del model.compute_logits
+
+
+class _RandomChoice:
+    """A policy that chooses anything it may."""
+
+    reads_question = True
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def select(
+        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
+    ) -> tuple[str, torch.Tensor]:
+        order = torch.randperm(len(layout.matched), generator=self._generator)[:budget]
+        return "random", layout.matched[order].sort().values
+
+
+@pytest.fixture
+def random_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three policies of that kind, by the side of ours."""
+    for seed in range(3):
+        monkeypatch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
+
+
+@torch.inference_mode()
+def run_moved(engine: VllmEngine, ids: list[int], shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and KV of some tokens by the engine's own model when they stand at ``shift ..``, with nothing
+    before them."""
+    model = connectors(engine)[1]._worker._model
+    blocks = torch.arange(1, 2 + len(ids) // model.kv.block_size)
+    forward = PagedForward(model, torch.tensor(ids), blocks.tolist(), 0)
+    hidden = []
+    for places in torch.arange(len(ids), device=model.kv.device).split(model.max_rows):
+        hidden.append(run_rows(model, forward._token_ids[places], places, places + shift, forward._block_ids))
+    return torch.cat(hidden), forward.read(0, len(ids))
+
+
+def computed_kv(engine: VllmEngine, ids: list[int], shift: int) -> torch.Tensor:
+    """The KV of some tokens when they stand at ``shift ..``."""
+    return run_moved(engine, ids, shift)[1].cpu()
+
+
+@torch.inference_mode()
+def moved_logits(engine: VllmEngine, ids: list[int], shift: int) -> torch.Tensor:
+    """The logits after some tokens when all of them stand ``shift`` positions later."""
+    hidden = run_moved(engine, ids, shift)[0]
+    logits: torch.Tensor = runner(engine).model.compute_logits(hidden[-1:])[0].float()
+    return logits
+
+
+def inject_exact_kv(engine: VllmEngine, ids: list[int], shift: int, monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
+    """Let the workers read KV captured from the very prompt, all of it moved, in place of the chunks'; its matches."""
+    scheduler_side, worker_side = connectors(engine)
+    library = scheduler_side._scheduler._library
+    segments: list[Segment] = library.match(np.asarray(ids, np.int32))
+    kv = computed_kv(engine, ids, shift)
+    store = MemoryStore(1 << 34)
+    for segment in segments:
+        chunk_ids = library.store.ids(segment.key)
+        first = segment.start - segment.offset
+        exact = kv[:, :, first : first + len(chunk_ids)].contiguous()
+        store.put(ChunkKV(segment.key, engine.scope, chunk_ids, first + shift, exact))
+    monkeypatch.setattr(worker_side._worker, "_store", store)
+    return segments
 
 
 def random_text(seed: int, length: int) -> str:

@@ -3,7 +3,7 @@ on real vLLM: SmolLM2 and small random models of every kind, in float32, with po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,16 +11,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cacheblend_rag import policies
-from cacheblend_rag.blending import BlendForward
 from cacheblend_rag.chunks import ChunkKV
-from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.engines.vllm import VllmEngine
-from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.matching import Segment
-from cacheblend_rag.store import MemoryStore
-from cacheblend_rag.vllm.forward import PagedForward, run_rows
+from cacheblend_rag.vllm.forward import PagedForward
 
-from .conftest import CHUNKS, MOE, WIDE, Case, Engines, connectors, forget_prefixes
+from .conftest import (
+    CHUNKS,
+    MOE,
+    WIDE,
+    Case,
+    Engines,
+    computed_kv,
+    connectors,
+    forget_prefixes,
+    inject_exact_kv,
+    moved_logits,
+)
 
 TOLERANCE = 1e-4  # largest absolute difference of logits, float32
 MODELS = ["smollm2", "llama3-scaled", "llama-yarn", "qwen2", "qwen3", "moe"]
@@ -28,27 +34,6 @@ MODELS = ["smollm2", "llama3-scaled", "llama-yarn", "qwen2", "qwen3", "moe"]
 
 def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
-
-
-@torch.inference_mode()
-def computed_kv(engine: VllmEngine, ids: list[int], shift: int) -> torch.Tensor:
-    """The KV of some tokens by the engine's own model when they stand at ``shift ..``, with nothing before them."""
-    model = connectors(engine)[1]._worker._model
-    blocks = torch.arange(1, 2 + len(ids) // model.kv.block_size)
-    places = torch.arange(len(ids))
-    run_rows(model, torch.tensor(ids), places, places + shift, blocks)
-    return PagedForward(model, torch.tensor(ids), blocks.tolist(), 0).read(0, len(ids))
-
-
-@torch.inference_mode()
-def moved_logits(engine: VllmEngine, ids: list[int], shift: int) -> torch.Tensor:
-    """The logits after some tokens when all of them stand ``shift`` positions later."""
-    model = connectors(engine)[1]._worker._model
-    places = torch.arange(len(ids))
-    blocks = torch.arange(1, 2 + len(ids) // model.kv.block_size)
-    hidden = run_rows(model, torch.tensor(ids), places, places + shift, blocks)
-    logits: torch.Tensor = model.model.compute_logits(hidden[-1:])[0].float()
-    return logits
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -84,49 +69,15 @@ def test_plain_prefill_is_that_of_transformers(case: Case, directory: str) -> No
     assert max_difference(case.logits(ids, mode="off"), expected) < 1e-3 * float(expected.abs().max())
 
 
-class _RandomChoice:
-    """A policy that chooses anything it may."""
-
-    reads_question = True
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def select(
-        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
-    ) -> tuple[str, torch.Tensor]:
-        order = torch.randperm(len(layout.matched), generator=self._generator)[:budget]
-        return "random", layout.matched[order].sort().values
-
-
-@pytest.fixture
-def random_policies() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for seed in range(3):
-            patch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
-        yield
-
-
 @pytest.mark.parametrize("shift", [0, 97])
 def test_i2_exact_kv_gives_exact_answers(
     case: Case, shift: int, monkeypatch: pytest.MonkeyPatch, random_policies: None
 ) -> None:
     """Chunk KV captured from the very prompt, there or at shifted positions: whatever is recomputed, it is exact."""
     ids = case.ids(case.prompt(7))
-    scheduler_side, worker_side = connectors(case.engine)
-    scope = case.engine.scope
-    segments = scheduler_side._scheduler._library.match(np.asarray(ids, np.int32))
+    segments = inject_exact_kv(case.engine, ids, shift, monkeypatch)
     assert len(segments) == 4
     assert any(segment.offset > 10 for segment in segments)
-    kv = computed_kv(case.engine, ids, shift)
-
-    store = MemoryStore(1 << 30)
-    for segment in segments:
-        chunk_ids = scheduler_side._scheduler._library.store.ids(segment.key)
-        first = segment.start - segment.offset
-        exact = kv[:, :, first : first + len(chunk_ids)].contiguous()
-        store.put(ChunkKV(segment.key, scope, chunk_ids, first + shift, exact))
-    monkeypatch.setattr(worker_side._worker, "_store", store)
 
     plain = case.logits(ids, mode="off")
     # Captured at other positions, KV has the rounding of other angles: no better than the model's own logits there.

@@ -1,0 +1,184 @@
+"""I1, I2 and I3 on a CUDA GPU: FlashAttention in bfloat16 on a random Llama of 8 billion parameters and on SmolLM2, and
+float32 on SmolLM2; eager, and with vLLM's compiled model and CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from cacheblend_rag import policies
+from cacheblend_rag.engines.vllm import VllmEngine
+
+from .conftest import (
+    Case,
+    Engines,
+    connectors,
+    forget_prefixes,
+    inject_exact_kv,
+    moved_logits,
+    random_text,
+    recorded_logits,
+    runner,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+CHUNKS = [random_text(seed, 520 + 10 * seed) for seed in range(8)]
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> str:
+    """A directory without weights: vLLM makes some up."""
+    directory = tmp_path_factory.mktemp("llama-8b")
+    AutoConfig.for_model(**LLAMA_8B).save_pretrained(directory)
+    byte_tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@torch.inference_mode()
+def randomise(engine: VllmEngine) -> None:
+    """Weights with which attention is far from uniform: vLLM's are so small that wrong KV would hardly show."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    for name, parameter in runner(engine).model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama-8b eager": {"dtype": "bfloat16", "enforce_eager": True},
+    "smollm2 bfloat16 eager": {"dtype": "bfloat16", "enforce_eager": True},
+    "smollm2 bfloat16 compiled": {"dtype": "bfloat16", "enforce_eager": False},
+    "smollm2 float32 eager": {"dtype": "float32", "enforce_eager": True},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, engines: Engines) -> Case:
+    settings = dict(CASES[request.param])
+    dtype = settings.pop("dtype")
+    big = request.param.startswith("llama-8b")
+    model: str = request.getfixturevalue("llama_8b" if big else "smollm2")
+    engine_args = {**settings, "max_model_len": 8192, "gpu_memory_utilization": 0.7}
+    if big:
+        engine_args["load_format"] = "dummy"
+    engine = engines.get(model, dtype=dtype, engine_args=engine_args)
+    if big:
+        randomise(engine)
+    engine.warm(CHUNKS)
+    backend = connectors(engine)[1]._worker._model.layers[0].get_attn_backend().get_name()
+    print(f"{request.param}: attention {backend}, model runner {type(runner(engine)).__module__}")
+    assert backend == "FLASH_ATTN" or dtype == "float32"
+    return Case(engine, CHUNKS)
+
+
+def noise(case: Case, ids: list[int], plain: torch.Tensor) -> float:
+    """What counts as equal: 1e-4 in float32; in bfloat16 twice what plain prefill shows against itself in pieces."""
+    if runner(case.engine).model_config.dtype == torch.float32:
+        return 1e-4
+    differences = []
+    for cut in range(len(ids) // 6, len(ids), len(ids) // 6):
+        forget_prefixes(case.engine)
+        case.engine.generate(ids[:cut], max_tokens=1, blend={"mode": "off"})
+        with recorded_logits(case.engine) as logits:
+            case.engine.generate(ids, max_tokens=1, blend={"mode": "off"})
+        differences.append(float((logits[-1][0] - plain).abs().max()))
+    return 2 * max(differences)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_i1_ratio_one_is_plain_prefill(case: Case, seed: int) -> None:
+    ids = case.ids(case.prompt(seed, chunks=6))
+    plain = case.logits(ids, mode="off")
+    allowed = noise(case, ids, plain)
+    exact = float((case.logits(ids, recompute_ratio=1.0) - plain).abs().max())
+    reuse = float((case.logits(ids, recompute_ratio=0.0) - plain).abs().max())
+    print(f"{len(ids)} tokens: ratio 1 off by {exact:.2e}, allowed {allowed:.2e}, full reuse {reuse:.2e}")
+    assert exact <= allowed < reuse
+
+
+@pytest.mark.parametrize("shift", [0, 97])
+def test_i2_exact_kv_gives_exact_answers(
+    case: Case, shift: int, monkeypatch: pytest.MonkeyPatch, random_policies: None
+) -> None:
+    ids = case.ids(case.prompt(7, chunks=6))
+    segments = inject_exact_kv(case.engine, ids, shift, monkeypatch)
+    assert len(segments) == 6
+    plain = case.logits(ids, mode="off")
+    moved = float((moved_logits(case.engine, ids, shift) - plain).abs().max())
+    allowed = max(noise(case, ids, plain), moved)
+    worst = 0.0
+    for policy in policies.policy_names():
+        for ratio in (0.0, 0.15, 0.6):
+            logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
+            worst = max(worst, float((logits - plain).abs().max()))
+    print(f"{len(ids)} tokens moved by {shift}: off by {worst:.2e} at most, allowed {allowed:.2e} (moving {moved:.2e})")
+    assert worst <= allowed
+
+
+def test_i3_plain_after_blended_is_plain(case: Case) -> None:
+    prompt = case.prompt(3, chunks=6)
+    forget_prefixes(case.engine)
+    before = case.engine.generate(prompt, max_tokens=8, blend={"mode": "off"}, logprobs=5)
+    forget_prefixes(case.engine)
+    blended = case.engine.generate(prompt, max_tokens=8, blend={"recompute_ratio": 0.0}, logprobs=5)
+    after = case.engine.generate(prompt, max_tokens=8, blend={"mode": "off"}, logprobs=5)
+    assert blended.stats.decision == "blend"
+    assert blended.logprobs != before.logprobs
+    assert after.token_ids == before.token_ids
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_i7_same_prompt_same_tokens(case: Case, policy: str) -> None:
+    prompt = case.prompt(4, chunks=6)
+    forget_prefixes(case.engine)
+    answers = [case.engine.generate(prompt, max_tokens=8, blend={"policy": policy}) for _ in range(3)]
+    assert answers[0].stats.decision == "blend"
+    assert answers[0].stats.policy == policy
+    assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
+
+
+def test_concurrent_requests(case: Case) -> None:
+    """Blended and plain requests side by side, with asynchronous scheduling where vLLM has it on."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = [case.prompt(seed, chunks=4) for seed in range(20, 26)]
+    modes = ["blend", "off"] * 3
+
+    def ask(prompt: str, mode: str) -> Any:
+        return case.engine.generate(prompt, max_tokens=16, blend={"mode": mode})
+
+    forget_prefixes(case.engine)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, prompts, modes))
+    assert [answer.stats.decision == "blend" for answer in answers] == [True, False] * 3
+    assert not connectors(case.engine)[0].faults and not connectors(case.engine)[1].faults
