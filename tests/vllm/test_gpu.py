@@ -102,17 +102,21 @@ def case(request: pytest.FixtureRequest, engines: Engines) -> Case:
 
 
 def noise(case: Case, ids: list[int], plain: torch.Tensor) -> float:
-    """What counts as equal: 1e-4 in float32; in bfloat16 twice what plain prefill shows against itself in pieces."""
-    if runner(case.engine).model_config.dtype == torch.float32:
-        return 1e-4
+    """What counts as equal: twice what plain prefill shows against itself in pieces (in float32, too: vLLM's kernels
+    multiply in TF32 there)."""
     differences = []
     for cut in range(len(ids) // 6, len(ids), len(ids) // 6):
         forget_prefixes(case.engine)
         case.engine.generate(ids[:cut], max_tokens=1, blend={"mode": "off"})
-        with recorded_logits(case.engine) as logits:
-            case.engine.generate(ids, max_tokens=1, blend={"mode": "off"})
-        differences.append(float((logits[-1][0] - plain).abs().max()))
+        differences.append(float((first_logits(case, ids, mode="off") - plain).abs().max()))
     return 2 * max(differences)
+
+
+def first_logits(case: Case, ids: list[int], **blend: Any) -> torch.Tensor:
+    """Logits of the first token, with whatever is in the prefix cache."""
+    with recorded_logits(case.engine) as logits:
+        case.engine.generate(ids, max_tokens=1, blend=blend)
+    return logits[-1][0]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -146,25 +150,27 @@ def test_i2_exact_kv_gives_exact_answers(
 
 
 def test_i3_plain_after_blended_is_plain(case: Case) -> None:
-    prompt = case.prompt(3, chunks=6)
-    forget_prefixes(case.engine)
-    before = case.engine.generate(prompt, max_tokens=8, blend={"mode": "off"}, logprobs=5)
-    forget_prefixes(case.engine)
-    blended = case.engine.generate(prompt, max_tokens=8, blend={"recompute_ratio": 0.0}, logprobs=5)
-    after = case.engine.generate(prompt, max_tokens=8, blend={"mode": "off"}, logprobs=5)
-    assert blended.stats.decision == "blend"
-    assert blended.logprobs != before.logprobs
-    assert after.token_ids == before.token_ids
+    ids = case.ids(case.prompt(3, chunks=6))
+    plain = case.logits(ids, mode="off")
+    allowed = noise(case, ids, plain)
+    blended = case.logits(ids, recompute_ratio=0.0)
+    after = first_logits(case, ids, mode="off")
+    assert float((blended - plain).abs().max()) > allowed
+    assert float((after - plain).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
-def test_i7_same_prompt_same_tokens(case: Case, policy: str) -> None:
-    prompt = case.prompt(4, chunks=6)
-    forget_prefixes(case.engine)
-    answers = [case.engine.generate(prompt, max_tokens=8, blend={"policy": policy}) for _ in range(3)]
-    assert answers[0].stats.decision == "blend"
-    assert answers[0].stats.policy == policy
-    assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
+def test_i7_same_prompt_same_logits(case: Case, policy: str) -> None:
+    """Again from the start, and again over its own blocks in the prefix cache."""
+    ids = case.ids(case.prompt(4, chunks=6))
+    allowed = noise(case, ids, case.logits(ids, mode="off"))
+    first = case.logits(ids, policy=policy)
+    repeated = first_logits(case, ids, policy=policy)
+    again = case.logits(ids, policy=policy)
+    assert float((repeated - first).abs().max()) <= allowed
+    assert float((again - first).abs().max()) <= allowed
+    answer = case.engine.generate(case.prompt(5, chunks=6), max_tokens=2, blend={"policy": policy})
+    assert (answer.stats.decision, answer.stats.policy) == ("blend", policy)
 
 
 def test_concurrent_requests(case: Case) -> None:
