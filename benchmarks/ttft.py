@@ -11,6 +11,7 @@ divided by the mode's, each pair measured in the same round.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -123,6 +124,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON: further arguments of the engine")
     parser.add_argument("--policies", nargs="+", default=["hkvd", "query_aware"])
     parser.add_argument("--primer", choices=("passage", "system"), default="system", help="what chunks are read behind")
     parser.add_argument("--prompts", type=int, default=8)
@@ -134,6 +136,11 @@ def main() -> int:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as directory:
         arguments = {"engine": options.engine, "dtype": options.dtype, "device": options.device}
+        arguments["engine_args"] = dict(options.engine_args)
+        if (
+            options.engine == "vllm"
+        ):  # every prompt is asked in every mode: a prefix cache would answer all but the first
+            arguments["engine_args"].setdefault("enable_prefix_caching", False)
         with load_engine(options.model, **arguments) as plain:
             primer = system_prefix(plain.render_chat) if options.primer == "system" else None
         store = open_store(Path(directory) / "store", memory_bytes=0)

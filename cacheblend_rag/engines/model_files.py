@@ -39,7 +39,8 @@ def load_config(name: str, directory: Path) -> PreTrainedConfig:
         ConfigError: the directory holds no transformers model.
     """
     try:
-        return AutoConfig.from_pretrained(directory)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
+        return config
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name!r} is not a transformers model: {first_line(error)}") from error
 

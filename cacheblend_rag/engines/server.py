@@ -20,6 +20,7 @@ from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError, ServerError
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
+from cacheblend_rag.vllm.settings import PARAMS_KEY
 
 _AT_ONCE = 32  # requests of one call that are under way at a time
 
@@ -227,7 +228,7 @@ class ServerEngine(Engine):
         return self._finish(answer, told, params)
 
     def _finish(self, answer: _Answer, told: Mapping[str, Any] | None, params: SamplingParams) -> Generation:
-        stats = wire.parse_stats((told or {}).get(wire.PARAMS_KEY), answer.prompt_tokens)
+        stats = wire.parse_stats((told or {}).get(PARAMS_KEY), answer.prompt_tokens)
         if answer.streamed:
             stats.ttft = answer.ttft
         self.counts[stats.decision] += 1
@@ -291,7 +292,7 @@ class _Answer:
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        self.request_id: str = request["extra_body"]["kv_transfer_params"][wire.PARAMS_KEY]["id"]
+        self.request_id: str = request["extra_body"]["kv_transfer_params"][PARAMS_KEY]["id"]
         self.streamed = bool(request.get("stream"))
         self.text = ""
         self.token_ids: list[int] = []

@@ -27,7 +27,7 @@ from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmRepo
 from cacheblend_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore
 from cacheblend_rag.vllm.compat import check_version
 from cacheblend_rag.vllm.plugin import CONNECTOR_CONFIG, register
-from cacheblend_rag.vllm.settings import ConnectorSettings
+from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
 
 _WARM_AT_ONCE = 256  # warm requests that wait in vLLM at a time
@@ -185,7 +185,7 @@ class VllmEngine(Engine):
                 yield StreamPiece(completion.text)
         # A stop string ends the answer before vLLM's scheduler knows: the stats are asked for then.
         answer = answer or self._told(self._send_action("report", sent.request_id, [0]))
-        stats = wire.parse_stats((answer or {}).get(wire.PARAMS_KEY), sent.prompt_tokens)
+        stats = wire.parse_stats((answer or {}).get(PARAMS_KEY), sent.prompt_tokens)
         stats.match += sent.tokenized
         stats.ttft = ttft
         self.counts[stats.decision] += 1
@@ -280,7 +280,7 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
     try:
         engine_args = EngineArgs(
             model=model,
-            dtype=dtype,  # type: ignore[arg-type]  # vLLM checks it
+            dtype=dtype,
             kv_transfer_config={
                 **CONNECTOR_CONFIG,
                 "kv_connector_extra_config": settings.to_extra_config(),

@@ -99,8 +99,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """See the base class."""
         if self._scheduler is None:
             return 0, False
+        nothing: int | None = 0
         count = self._guard(
-            "get_num_new_matched_tokens", 0, self._scheduler.matched_tokens, request, num_computed_tokens
+            "get_num_new_matched_tokens", nothing, self._scheduler.matched_tokens, request, num_computed_tokens
         )
         return count, False
 

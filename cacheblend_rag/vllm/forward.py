@@ -101,7 +101,8 @@ class PagedForward:
 
             with _hooked([attention], before=measure), contextlib.suppress(_Stop):
                 self._run(part)
-        return self._model.tp.all_reduce(torch.cat(found)).cpu()
+        deviation: torch.Tensor = self._model.tp.all_reduce(torch.cat(found))
+        return deviation.cpu()
 
     def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`. The mean is over all ranks' heads."""
@@ -133,7 +134,8 @@ class PagedForward:
             with _hooked([model.layers[n] for n in layers], after=look), contextlib.suppress(_Stop):
                 self._run(part)
         self._extend_exact(rows)
-        return (model.tp.all_reduce(mass) / (model.tp.world_size * len(layers))).cpu()
+        total: torch.Tensor = model.tp.all_reduce(mass)
+        return total.div_(model.tp.world_size * len(layers)).cpu()
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         """See :meth:`blending.BlendForward.recompute`. The prompt's last token is left to vLLM's own step."""
@@ -147,7 +149,7 @@ class PagedForward:
         return run_rows(self._model, self._token_ids[rows], rows, rows, self._block_ids)
 
     def _slices(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(rows.to(self._model.kv.device).split(self._model.max_rows)) if len(rows) else iter(())
+        return iter(torch.split(rows.to(self._model.kv.device), self._model.max_rows)) if len(rows) else iter(())
 
     def _slots(self, positions: torch.Tensor) -> torch.Tensor:
         return slot_mapping(positions, self._block_ids, self._model.kv.block_size)

@@ -55,7 +55,7 @@ class BlockHashes:
             first = len(hashes)
             while True:
                 at = len(hashes)
-                kept = hashes[-1] if at else None
+                kept = hashes[-1] if at else b""
                 if at in salts and at:
                     hashes[-1] = type(kept)(hashlib.sha256(kept + salts[at].encode()).digest())
                 new = list(hasher(request))

@@ -25,7 +25,7 @@ class BlendMetrics(KVConnectorStats):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def count(self, event: str, times: int = 1) -> None:
         """Count one of the events."""

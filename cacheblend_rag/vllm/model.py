@@ -47,14 +47,14 @@ class PagedModel:
         spec = groups[0].kv_cache_spec
         self.kv = PagedKV(self.layers, spec.block_size, kv_cache_config.num_blocks)
         self.layer_names = [layer.layer_name for layer in self.layers]
-        self._rotary = _rotary(model)
+        self._cos_sin: torch.Tensor = _rotary(model).get_buffer("cos_sin_cache")
         builder = self.layers[0].get_attn_backend().get_builder_cls()
         with set_current_vllm_config(vllm_config):
             self.metadata_builder = builder(spec, self.layer_names, vllm_config, self.kv.device)
 
     def rotary_table(self, positions: torch.Tensor) -> RotaryTable:
         """The model's own rotation at some positions (int64 ``[tokens]``)."""
-        cos, sin = self._rotary.cos_sin_cache[positions].float().chunk(2, dim=-1)
+        cos, sin = self._cos_sin[positions].float().chunk(2, dim=-1)
         return RotaryTable(cos, sin)
 
     def local_heads(self) -> slice:
@@ -98,7 +98,7 @@ def find_model() -> torch.nn.Module:
     while frame is not None:
         owner = frame.f_locals.get("self")
         if callable(getattr(owner, "get_model", None)):
-            model = owner.get_model()
+            model: Any = owner.get_model()  # type: ignore[union-attr]  # callable, as was just asked
             if isinstance(model, torch.nn.Module):
                 return model
         frame = frame.f_back

@@ -63,7 +63,8 @@ class PagedKV:
         return self._gather(layer, block_ids, self._places[1])
 
     def _gather(self, layer: int, block_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        blocks = self._layers[layer].kv_cache.index_select(0, block_ids).flatten(1)
+        cache: torch.Tensor = self._layers[layer].kv_cache
+        blocks = cache.index_select(0, block_ids).flatten(1)
         return blocks.index_select(1, places).view(-1, self.num_kv_heads, self.head_dim)
 
     def _learn(self) -> torch.Tensor:

@@ -118,7 +118,7 @@ class RequestParams:
             if not isinstance(value, bool):
                 raise ConfigError(f"{action} must be true or false, not {value!r}")
             if value:
-                asked.append(action)  # type: ignore[arg-type]  # mypy widens the loop variable
+                asked.append(action)
         if "report" in settings:
             asked.append("report")
             request_id = settings.pop("report")
