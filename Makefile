@@ -1,22 +1,26 @@
 # The two commands of the README are `make demo` and `make test`. Both make .venv and fetch their models on first use.
+# `make demo ENGINE=vllm` runs the demo on vLLM.
 PYTHON ?= python3
 VENV := .venv
 MODELS := .models
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PACKAGES := -e integrations/langchain-cacheblend
+ENGINE := transformers
 export CACHEBLEND_TEST_MODEL := $(CURDIR)/$(MODELS)/smollm2-135m-instruct
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo vllm test test-slow test-gpu lint clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/demo.stamp ## Warm the example corpus, ask it questions, compare with full prefill.
-	$(BIN)/python examples/demo.py --models $(MODELS) --work .demo
+demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Warm the example corpus, ask it questions, compare with full prefill.
+	$(BIN)/python examples/demo.py --engine $(ENGINE) --models $(MODELS) --work .demo
 
-test: $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
+vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no GPU.
+
+test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct ## Tests that take minutes.
+test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct ## Tests that take minutes.
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
@@ -38,6 +42,10 @@ $(VENV)/demo.stamp: pyproject.toml integrations/langchain-cacheblend/pyproject.t
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) -e ".[test]" $(PACKAGES)
+	touch $@
+
+$(VENV)/vllm.stamp: $(VENV)/demo.stamp tools/install_vllm.py
+	$(BIN)/python tools/install_vllm.py -c constraints.txt
 	touch $@
 
 $(MODELS)/%: | $(VENV)/demo.stamp

@@ -58,8 +58,12 @@ def load_engine(
     if engine not in _ENGINES:
         raise ConfigError(f"unknown engine {engine!r}: known are {', '.join(_ENGINES)}")
     if engine == "server":
-        from cacheblend_rag.engines.server import ServerEngine
-
+        try:
+            from cacheblend_rag.engines.server import ServerEngine
+        except ImportError as error:
+            raise ConfigError(
+                f"the server engine needs the openai package ({error}): pip install 'cacheblend-rag[server]'"
+            ) from error
         if base_url is None:
             raise ConfigError('engine "server" needs base_url, such as "http://localhost:8000/v1"')
         for name, value in {"store": store, "primer": primer}.items():

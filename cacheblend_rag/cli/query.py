@@ -70,14 +70,14 @@ def query(
         passages: list[Passage] = []
         if prompt is None:
             assert question is not None  # one of both is given
-            passages = _retrieve(loaded, store, question, top_k)
+            passages = _retrieve(loaded, engine, store, question, top_k)
             prompt = loaded.render_chat(_messages(question, passages))
         with working("answering"):
             if compare:  # what is set up once, on first use, must not count against whoever comes first
                 loaded.generate("warm-up", max_tokens=1, blend={"mode": "off"})
             answer = loaded.generate(prompt, max_tokens=max_tokens)
             full = loaded.generate(prompt, max_tokens=max_tokens, blend={"mode": "off"}) if compare else None
-        if not answer.segments and (lacking := _what_store_lacks(loaded, store)):
+        if not answer.segments and (lacking := _what_store_lacks(loaded, engine, store)):
             print_note(f"note: {lacking}")
 
     if json:
@@ -92,12 +92,12 @@ def _messages(question: str, passages: Sequence[Passage]) -> list[dict[str, str]
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": content}]
 
 
-def _retrieve(engine: Engine, store: Path, question: str, top_k: int) -> list[Passage]:
+def _retrieve(engine: Engine, engine_name: str, store: Path, question: str, top_k: int) -> list[Passage]:
     from cacheblend_rag.catalog import Catalog
 
     with Catalog(store, engine.scope) as catalog:
         if not catalog.sources():
-            what = _what_store_lacks(engine, store) or f"store {store} holds no corpus to search"
+            what = _what_store_lacks(engine, engine_name, store) or f"store {store} holds no corpus to search"
             namespace = engine.scope.namespace
             how = f"cacheblend ingest DIR --model {engine.model_name} --store {store} --namespace {namespace}"
             raise CacheBlendError(f"{what}; to ingest a corpus for this model: {how}")
@@ -107,10 +107,12 @@ def _retrieve(engine: Engine, store: Path, question: str, top_k: int) -> list[Pa
     return passages
 
 
-def _what_store_lacks(engine: Engine, store: Path) -> str:
+def _what_store_lacks(engine: Engine, engine_name: str, store: Path) -> str:
     """Empty if the store holds chunks of the engine's scope, or none at all; otherwise a phrase that tells whose."""
     from cacheblend_rag.store import open_store
 
+    if engine_name == "server":  # its chunks are elsewhere: only the catalogue is here
+        return ""
     mine = engine.scope
     with contextlib.closing(open_store(store, memory_bytes=0)) as opened:
         held = {entry.scope for entry in opened.entries()}
