@@ -14,6 +14,9 @@ from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.rope import RotaryTable
 from cacheblend_rag.vllm.paged_kv import PagedKV
 
+# Others write KV inside their kernels, or plan for no more sequences a pass than vLLM schedules requests.
+ATTENTION_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+
 
 class PagedModel:
     """Model, attention layers, paged KV and RoPE table of one worker.
@@ -111,10 +114,12 @@ def _attention_layers(model: torch.nn.Module, names: list[str], max_model_len: i
         raise UnsupportedModelError("not all of its layers are plain attention layers")
     for layer in layers:
         impl = layer.impl
-        backend = layer.get_attn_backend()
         window = layer.sliding_window
-        if backend.forward_includes_kv_cache_update or not hasattr(impl, "do_kv_cache_update"):
-            raise UnsupportedModelError(f"the attention backend {backend.get_name()} writes KV inside its kernel")
+        if layer.get_attn_backend().get_name() not in ATTENTION_BACKENDS:
+            raise UnsupportedModelError(
+                f"blending on the attention backend {layer.get_attn_backend().get_name()} is not tested: start vLLM "
+                "with --attention-backend FLASH_ATTN or TRITON_ATTN"
+            )
         if layer.kv_sharing_target_layer_name is not None:
             raise UnsupportedModelError("some of its layers share the KV of others")
         for name in ("alibi_slopes", "logits_soft_cap", "sinks"):

@@ -84,10 +84,16 @@ def test_load_engine_says_why(make_model: Callable[..., str], engines: Engines) 
         open_engine(make_model("mistral", **WIDE, sliding_window=128))
 
 
+def test_other_attention_backends_are_refused(model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines.close()
+    monkeypatch.setattr("cacheblend_rag.vllm.model.ATTENTION_BACKENDS", ("FLASH_ATTN",))
+    with pytest.raises(UnsupportedModelError, match="backend CPU_ATTN is not tested: start vLLM with"):
+        open_engine(model)
+
+
 def test_what_only_the_loaded_model_shows_is_refused_too(
     make_model: Callable[..., str], engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GPT-J style RoPE is in no field of the config that vLLM keeps."""
     engines.close()
     monkeypatch.setattr("cacheblend_rag.vllm.support.unsupported_reason", lambda config: None)
     with pytest.raises(UnsupportedModelError, match="sliding window of 128 tokens"):
