@@ -267,6 +267,34 @@ def test_i7_over_http(engine: ServerEngine) -> None:
     assert answers == alone * 2
 
 
+# LangChain
+
+
+def test_langchain_over_the_server(served: str, engine: ServerEngine) -> None:
+    pytest.importorskip("langchain_cacheblend")
+    from langchain_cacheblend import CacheBlendLLM, CacheBlendVectorStore
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    llm = CacheBlendLLM(model="smol", engine="server", base_url=served, namespace="test", max_tokens=8)
+    assert llm.blend == engine.blend  # the server's defaults
+    assert llm.engine.blend.mode == "blend"
+    store = CacheBlendVectorStore(InMemoryVectorStore(DeterministicFakeEmbedding(size=16)), llm.engine)
+    texts = [random_text(seed, 400) for seed in (900, 901)]
+    store.add_texts(texts)
+    found = [document.page_content for document in store.similarity_search(texts[0], k=2)]
+    text = "Notes:\n\n" + "\n\n".join(found) + "\n\nSummary:"
+    answer = llm.generate([text, prompt(30)]).generations
+    stats = [generations[0].generation_info["stats"] for generations in answer]
+    assert [(s["decision"], s["segments"]) for s in stats] == [("blend", 2), ("blend", 4)]
+    assert "".join(llm.stream(text)) == answer[0][0].text
+    assert asyncio.run(llm.ainvoke(text)) == answer[0][0].text
+    assert llm.generate([text], blend={"mode": "off"}).generations[0][0].generation_info["stats"]["reused_tokens"] == 0
+    assert CacheBlendLLM(
+        model="smol", engine="server", base_url=served, namespace="test", blend={"recompute_ratio": 0.4}
+    ).blend == BlendConfig(recompute_ratio=0.4, mode="blend")
+
+
 # The engine
 
 

@@ -33,6 +33,7 @@ class CacheBlendLLM(BaseLLM):
 
         llm = CacheBlendLLM(model="path-or-hub-id", store="chunks/", max_tokens=64)
         llm = CacheBlendLLM(engine=engine, max_tokens=64)
+        llm = CacheBlendLLM(model="name", engine="server", base_url="http://localhost:8000/v1", max_tokens=64)
 
     A call may override ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop`` and single settings of
     ``blend``: ``llm.invoke(prompt, blend={"recompute_ratio": 0.3})``, or with ``bind``.
@@ -74,7 +75,7 @@ class CacheBlendLLM(BaseLLM):
         """Load the engine, or take the one given.
 
         Args:
-            engine: An engine, or the kind to load: ``"transformers"``.
+            engine: An engine, or the kind to load: ``"transformers"``, ``"vllm"``, or ``"server"`` with ``base_url``.
             blend: Settings of the blend; those not named are the engine's, or the defaults of ``BlendConfig``.
             settings: ``model``, ``store``, ``dtype``, ``device``, ``primer``, ``namespace``, ``base_url`` and
                 ``engine_args`` as for ``cacheblend_rag.load_engine``, and the attributes of this class.
@@ -91,10 +92,11 @@ class CacheBlendLLM(BaseLLM):
         if isinstance(engine, str):
             if load.get("model") is None:
                 raise ConfigError("CacheBlendLLM needs model=<path or hub id>, or engine=<an engine that exists>")
-            blend = _override(BlendConfig(), blend)
+            checked = _override(BlendConfig(), blend)
             load |= {name: os.fspath(value) for name, value in load.items() if isinstance(value, os.PathLike)}
             settings["engine_settings"] = {"engine": engine, **load}
-            engine = load_engine(load.pop("model"), engine=engine, blend=blend, **load)
+            defaults = None if engine == "server" else checked  # a server has defaults of its own
+            engine = load_engine(load.pop("model"), engine=engine, blend=defaults, **load)
         elif load:
             raise ConfigError(f"{', '.join(load)}: decided when the engine was loaded, not where it is wrapped")
         settings |= {"engine": engine, "blend": _override(engine.blend, blend)}
