@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 import numpy as np
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.errors import ConfigError, PromptTooLongError
+from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
 from cacheblend_rag.validation import is_number, is_whole
 
 if TYPE_CHECKING:
-    from cacheblend_rag.chunks import ChunkScope
+    from cacheblend_rag.chunks import ChunkScope, TokenIds
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -211,6 +211,14 @@ class Engine(abc.ABC):
             raise ConfigError(
                 f"check_layers {config.check_layers} must be below {self.num_layers}, the layers of this model"
             )
+
+    def _check_chunks(self, encoded: Sequence[Sequence[int] | TokenIds], room: int) -> None:
+        for index, ids in enumerate(encoded):
+            if len(ids) > room:
+                raise ChunkTooLongError(
+                    f"chunk {index} has {len(ids)} tokens, but only {room} fit the model's context behind the primer: "
+                    "split it into smaller chunks"
+                )
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         if prompt_tokens == 0:

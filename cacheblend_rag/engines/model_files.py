@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
 def tokenize_chunk(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
     """The tokens of a chunk: those of its text and no others."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerFast, name: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """See :meth:`Engine.render_chat`, of a model with some name."""
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model {name!r} has no chat template: write the prompt as plain text")
+    conversation = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ import openai
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
-from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError, ServerError
+from cacheblend_rag.errors import ConfigError, PromptTooLongError, ServerError
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.vllm.settings import PARAMS_KEY
 
@@ -83,24 +83,9 @@ class ServerEngine(Engine):
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. The server prefills chunks in its own batches, beside the queries it serves."""
-        totals = wire.WarmTotals()
         encoded = list(self._pool.map(self._tokenize, chunks))
-        room = self.context_window - len(self.scope.primer_ids) - 1
-        for index, ids in enumerate(encoded):
-            if len(ids) > room:
-                raise ChunkTooLongError(
-                    f"chunk {index} has {len(ids)} tokens, but only {room} fit the model's context behind the primer: "
-                    "split it into smaller chunks"
-                )
-        new = [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
-        done = len(encoded) - len(new)
-        totals.add_known(done)
-        for answer in self._pool.map(lambda ids: self._ask("warm", True, ids), new):
-            totals.add(answer)
-            done += 1
-            if progress is not None:
-                progress(done, len(encoded))
-        return totals.report()
+        self._check_chunks(encoded, self.context_window - len(self.scope.primer_ids) - 1)
+        return wire.warm(encoded, lambda new: self._pool.map(lambda ids: self._ask("warm", True, ids), new), progress)
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""

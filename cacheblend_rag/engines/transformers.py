@@ -16,10 +16,10 @@ from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.decoding import Sampler, TextStream
-from cacheblend_rag.engines.model_files import tokenize_chunk, tokenize_prompt
+from cacheblend_rag.engines.model_files import render_chat, tokenize_chunk, tokenize_prompt
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import PromptReader
-from cacheblend_rag.errors import ChunkTooLongError, ConfigError
+from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
@@ -84,12 +84,7 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.warm`. A text without tokens has nothing to store and counts as already there."""
         started = time.perf_counter()
         encoded = [tokenize_chunk(self._loaded.tokenizer, text) for text in chunks]
-        for index, ids in enumerate(encoded):
-            if len(ids) > self._chunk_room:
-                raise ChunkTooLongError(
-                    f"chunk {index} has {len(ids)} tokens, but only {self._chunk_room} fit the model's context behind "
-                    "the primer: split it into smaller chunks"
-                )
+        self._check_chunks(encoded, self._chunk_room)
         stored = tokens = size = 0
         for done, ids in enumerate(encoded, start=1):
             if len(ids) and not self.library.is_warm(ids):
@@ -108,10 +103,7 @@ class TransformersEngine(Engine):
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """See :meth:`Engine.render_chat`."""
-        if not self._loaded.tokenizer.chat_template:
-            raise ConfigError(f"model {self.model_name!r} has no chat template: write the prompt as plain text")
-        conversation = [dict(message) for message in messages]
-        return str(self._loaded.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        return render_chat(self._loaded.tokenizer, self.model_name, messages)
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""

@@ -16,12 +16,13 @@ from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.model_files import (
     first_line,
     load_tokenizer,
+    render_chat,
     resolve_model,
     tokenize_chunk,
     tokenize_prompt,
 )
 from cacheblend_rag.engines.vllm_thread import EngineThread, Request
-from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError
+from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore
@@ -88,25 +89,14 @@ class VllmEngine(Engine):
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. Chunks are prefilled in vLLM's own batches."""
-        totals = wire.WarmTotals()
         encoded = [tokenize_chunk(self._tokenizer, text).tolist() for text in chunks]
-        room = self.context_window - len(self.scope.primer_ids) - 1
-        for index, ids in enumerate(encoded):
-            if len(ids) > room:
-                raise ChunkTooLongError(
-                    f"chunk {index} has {len(ids)} tokens, but only {room} fit the model's context behind the primer: "
-                    "split it into smaller chunks"
-                )
-        new = [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
-        done = len(encoded) - len(new)
-        totals.add_known(done)
-        for first in range(0, len(new), _WARM_AT_ONCE):
-            for answer in self._ask_all("warm", new[first : first + _WARM_AT_ONCE]):
-                totals.add(answer)
-                done += 1
-                if progress is not None:
-                    progress(done, len(encoded))
-        return totals.report()
+        self._check_chunks(encoded, self.context_window - len(self.scope.primer_ids) - 1)
+
+        def ask(new: list[list[int]]) -> Iterator[dict[str, Any]]:
+            for first in range(0, len(new), _WARM_AT_ONCE):
+                yield from self._ask_all("warm", new[first : first + _WARM_AT_ONCE])
+
+        return wire.warm(encoded, ask, progress)
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
@@ -115,10 +105,7 @@ class VllmEngine(Engine):
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """See :meth:`Engine.render_chat`."""
-        if not self._tokenizer.chat_template:
-            raise ConfigError(f"model {self.model_name!r} has no chat template: write the prompt as plain text")
-        conversation = [dict(message) for message in messages]
-        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        return render_chat(self._tokenizer, self.model_name, messages)
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cacheblend_rag import errors
 from cacheblend_rag.chunks import ChunkScope, ModelFingerprint
 from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engines.base import Progress
 from cacheblend_rag.errors import CacheBlendError, UnsupportedModelError
 from cacheblend_rag.stats import BlendStats, WarmReport
 from cacheblend_rag.vllm.settings import PARAMS_KEY
@@ -64,22 +65,26 @@ def parse_scope(description: Mapping[str, Any]) -> ChunkScope:
     return ChunkScope(description["namespace"], fingerprint, tuple(description["primer_ids"]))
 
 
-class WarmTotals:
-    """Adds up the answers to warm requests."""
+def warm(
+    encoded: Sequence[list[int]],
+    ask: Callable[[list[list[int]]], Iterable[Mapping[str, Any]]],
+    progress: Progress | None,
+) -> WarmReport:
+    """Send warm requests and add up their answers.
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._sums = {"stored": 0, "already_there": 0, "tokens": 0, "bytes": 0}
-
-    def add(self, answer: Mapping[str, Any]) -> None:
-        """One more chunk."""
-        for name in self._sums:
-            self._sums[name] += answer[name]
-
-    def add_known(self, chunks: int) -> None:
-        """Repeats, and texts without tokens: nothing to store."""
-        self._sums["already_there"] += chunks
-
-    def report(self) -> WarmReport:
-        """The totals."""
-        return WarmReport(**self._sums, seconds=time.perf_counter() - self._started)
+    Args:
+        encoded: Token ids of the chunks; repeats, and chunks without tokens, count as already there.
+        ask: Sends chunks; gives the connector's answers, in order.
+        progress: Called with (chunks done, chunks in all) after each.
+    """
+    started = time.perf_counter()
+    new = [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
+    done = len(encoded) - len(new)
+    sums = {"stored": 0, "already_there": done, "tokens": 0, "bytes": 0}
+    for answer in ask(new):
+        for name in sums:
+            sums[name] += answer[name]
+        done += 1
+        if progress is not None:
+            progress(done, len(encoded))
+    return WarmReport(**sums, seconds=time.perf_counter() - started)

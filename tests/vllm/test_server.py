@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,30 +240,6 @@ def test_the_server_answers_as_the_embedded_engine_does(
         assert mine.stats.segments == theirs.stats.segments == 4
         assert mine.logprobs is not None and theirs.logprobs is not None
         assert mine.logprobs[0].keys() == theirs.logprobs[0].keys()
-
-
-def test_i1_and_i3_over_http(engine: ServerEngine, bare: str) -> None:
-    text = prompt(5)
-    blended = engine.generate(text, max_tokens=8, logprobs=5, blend={"recompute_ratio": 0.0})
-    plain = engine.generate(text, max_tokens=8, logprobs=5, blend={"mode": "off"})
-    exact = engine.generate(text, max_tokens=8, logprobs=5, blend={"recompute_ratio": 1.0})
-    assert blended.logprobs != plain.logprobs
-    assert exact.token_ids == plain.token_ids
-    assert exact.logprobs is not None and plain.logprobs is not None
-    for mine, theirs in zip(exact.logprobs, plain.logprobs, strict=True):
-        assert all(abs(mine[token] - theirs[token]) < 1e-4 for token in mine.keys() & theirs.keys())
-    # The other replica has never seen a blend of it.
-    body = {"prompt": text, "max_tokens": 8, "temperature": 0, "kv_transfer_params": {"cacheblend": {"mode": "off"}}}
-    assert post(bare, "completions", body)[1]["choices"][0]["text"] == plain.text
-
-
-def test_i7_over_http(engine: ServerEngine) -> None:
-    prompts = [prompt(seed) for seed in range(10, 14)]
-    alone = [engine.generate(text, max_tokens=8).token_ids for text in prompts]
-    assert [answer.token_ids for answer in engine.generate(prompts, max_tokens=8)] == alone
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda text: engine.generate(text, max_tokens=8).token_ids, prompts * 2))
-    assert answers == alone * 2
 
 
 # LangChain
