@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PACKAGES := -e integrations/langchain-cacheblend
 ENGINE := transformers
-export CACHEBLEND_TEST_MODEL := $(CURDIR)/$(MODELS)/smollm2-135m-instruct
+export CACHEBLEND_TEST_MODEL ?= $(CURDIR)/$(MODELS)/smollm2-135m-instruct
 
 .PHONY: demo vllm test test-slow test-gpu lint clean
 .DELETE_ON_ERROR:

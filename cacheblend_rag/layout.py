@@ -74,7 +74,7 @@ class PromptLayout:
             prefix = exact.end
         if prefix < MIN_PREFIX:
             prefix, exact = 0, None
-        after = [_cut(s, prefix) for s in segments if s.end > prefix]
+        after = [s.since(prefix) for s in segments if s.end > prefix]
         return cls.build(len(prompt_ids), after, prefix=prefix, prefix_segments=[exact] if exact else [])
 
     @classmethod
@@ -86,9 +86,9 @@ class PromptLayout:
         The primer is computed like any other text where it isn't in the cache; a chunk right behind it is exact.
         """
         exact = _behind_primer(_common_length(prompt_ids[:-1], primer_ids), segments, primer_ids)
-        kept = [_cut(exact, hit)] if exact is not None and exact.end > hit else []
+        kept = [exact.since(hit)] if exact is not None and exact.end > hit else []
         first = kept[0].end if kept else hit
-        after = [_cut(s, first) for s in segments if s.end > first]
+        after = [s.since(first) for s in segments if s.end > first]
         return cls.build(len(prompt_ids), after, prefix=hit, prefix_segments=kept)
 
     def without_segments(self) -> PromptLayout:
@@ -113,9 +113,3 @@ def _behind_primer(common: int, segments: Sequence[Segment], primer_ids: TokenId
     if common < len(primer_ids):
         return None
     return next((s for s in segments if s.start == common and s.offset == 0), None)
-
-
-def _cut(segment: Segment, start: int) -> Segment:
-    """The part of a segment from a position on."""
-    cut = max(0, start - segment.start)
-    return Segment(segment.start + cut, segment.length - cut, segment.key, segment.offset + cut)

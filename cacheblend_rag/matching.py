@@ -62,6 +62,11 @@ class Segment:
         """Position after the last token."""
         return self.start + self.length
 
+    def since(self, position: int) -> Segment:
+        """The part of the run from a position on, which must be before its end."""
+        cut = max(0, position - self.start)
+        return Segment(self.start + cut, self.length - cut, self.key, self.offset + cut)
+
 
 class AnchorIndex:
     """Which chunks have which anchors. Not safe for use by several threads at once.

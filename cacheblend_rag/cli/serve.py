@@ -6,12 +6,13 @@ import json
 import os
 import runpy
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cacheblend_rag.cli import engine as options
 from cacheblend_rag.cli.console import print_note
+from cacheblend_rag.errors import ConfigError
 
 
 def serve(
@@ -36,12 +37,12 @@ def serve(
 
     Further options are vLLM's own: --host, --port, --max-model-len, --tensor-parallel-size, ...
     """
-    from cacheblend_rag.engines.model_files import load_config, resolve_model
     from cacheblend_rag.primer import DEFAULT_PRIMER
     from cacheblend_rag.vllm.compat import check_version
     from cacheblend_rag.vllm.middleware import NUM_LAYERS_VARIABLE, CheckParams
     from cacheblend_rag.vllm.plugin import CONNECTOR_CONFIG
     from cacheblend_rag.vllm.settings import ConnectorSettings
+    from cacheblend_rag.vllm.support import check_supported
 
     check_version()
     settings = ConnectorSettings.parse(
@@ -60,30 +61,37 @@ def serve(
             "on_unsupported": on_unsupported,
         }
     )
-    config = load_config(model, resolve_model(model))
-    os.environ[NUM_LAYERS_VARIABLE] = str(config.get_text_config().num_hidden_layers)
     transfer = {**CONNECTOR_CONFIG, "kv_connector_extra_config": settings.to_extra_config()}
     arguments = ["--model", model, "--kv-transfer-config", json.dumps(transfer)]
     arguments += ["--middleware", f"{CheckParams.__module__}.{CheckParams.__name__}"]
     if not any(argument.startswith("--prefix-caching-hash-algo") for argument in context.args):
         arguments += ["--prefix-caching-hash-algo", "xxhash"]
     arguments += context.args
+    # Before vLLM's processes start: what is wrong is said in one line then, not in a hundred.
+    vllm_config = _parse(arguments)
     if settings.on_unsupported == "refuse":
-        _check(arguments)
+        check_supported(vllm_config)
+    os.environ[NUM_LAYERS_VARIABLE] = str(vllm_config.model_config.hf_text_config.num_hidden_layers)
     print_note(f"serving {model} with chunks of {store}, namespace {namespace}")
     sys.argv = ["cacheblend serve", *arguments]
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 
-def _check(arguments: list[str]) -> None:
-    """Say in one line that a model can't be blended, before vLLM's processes start and say it in a hundred."""
+def _parse(arguments: list[str]) -> Any:
+    """VLLM's configuration.
+
+    Raises:
+        ConfigError: vLLM finds no such model, or refuses an argument's value.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from cacheblend_rag.vllm.compat import server_arguments
     from cacheblend_rag.vllm.plugin import register
-    from cacheblend_rag.vllm.support import check_supported
 
     register()
     parsed = server_arguments()(FlexibleArgumentParser()).parse_args(arguments)
-    check_supported(EngineArgs.from_cli_args(parsed).create_engine_config())
+    try:
+        return EngineArgs.from_cli_args(parsed).create_engine_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"vLLM can't serve {parsed.model!r}: {' '.join(str(error).split())}") from error

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import time
 import uuid
-import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,9 +58,7 @@ class ServerEngine(Engine):
             self._client = openai.OpenAI(base_url=self._base_url, **self._client_args)
         except TypeError as error:
             raise ConfigError(f"engine_args are those of openai.OpenAI: {error}") from error
-        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._async_clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cacheblend")
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex
@@ -106,6 +103,10 @@ class ServerEngine(Engine):
         """Close the connections; the server goes on."""
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
+        while self._async_clients:
+            loop, client = self._async_clients.popitem()
+            if loop.is_running():
+                asyncio.run_coroutine_threadsafe(client.close(), loop)
 
     async def agenerate(
         self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
@@ -150,8 +151,14 @@ class ServerEngine(Engine):
 
     def _last_piece(self, answer: _Answer, params: SamplingParams) -> StreamPiece:
         """A streamed response carries no ``kv_transfer_params``: the stats are asked for."""
-        told = self._complete(self._action("report", answer.request_id, [0])).kv_transfer_params
-        return StreamPiece("", self._finish(answer, told, params))
+        return StreamPiece("", self._finish(answer, self._report(answer.request_id), params))
+
+    def _report(self, request_id: str) -> dict[str, Any] | None:
+        """What the connector says of an earlier request; None if it can't be had: the answer is there without it."""
+        with contextlib.suppress(ServerError):
+            told: dict[str, Any] | None = self._complete(self._action("report", request_id, [0])).kv_transfer_params
+            return told
+        return None
 
     def _request(
         self, prompt: Prompt, config: BlendConfig, params: SamplingParams, *, stream: bool = False
@@ -209,7 +216,7 @@ class ServerEngine(Engine):
         answer.add(response)
         told = response.kv_transfer_params
         if told is None:  # a stop string ended the answer before vLLM's scheduler knew: the stats are asked for
-            told = self._complete(self._action("report", answer.request_id, [0])).kv_transfer_params
+            told = self._report(answer.request_id)
         return self._finish(answer, told, params)
 
     def _finish(self, answer: _Answer, told: Mapping[str, Any] | None, params: SamplingParams) -> Generation:
@@ -243,6 +250,8 @@ class ServerEngine(Engine):
         """A client of the running event loop: its connections belong to the loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._async_clients:
+            for ended in [other for other in self._async_clients if other.is_closed()]:
+                self._async_clients.pop(ended, None)
             self._async_clients[loop] = openai.AsyncOpenAI(base_url=self._base_url, **self._client_args)
         return self._async_clients[loop]
 
@@ -267,6 +276,8 @@ class ServerEngine(Engine):
             raise ServerError(
                 f"the server at {self._base_url} answers {error.status_code}: {_message(error)}"
             ) from error
+        except openai.APIError as error:  # in the middle of a stream
+            raise ServerError(f"the server at {self._base_url} broke off: {error.message}") from error
 
 
 class _Answer:
@@ -296,7 +307,9 @@ class _Answer:
             return ""
         choice = response.choices[0]
         if choice.finish_reason is not None:
-            self.finish_reason = "stop" if choice.finish_reason == "stop" else "length"
+            if choice.finish_reason not in ("stop", "length"):
+                raise ServerError(f"the server ended the request: {choice.finish_reason}, see its log")
+            self.finish_reason = choice.finish_reason
         if choice.logprobs is not None:
             tops = choice.logprobs.top_logprobs or [{}] * len(choice.logprobs.tokens)
             for name, logprob, top in zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, tops, strict=True):

@@ -61,8 +61,9 @@ class VllmEngine(Engine):
         self.model_name = model
         self.blend = blend
         self.counts: Counter[str] = Counter()
-        revision = engine_args.get("revision")
-        self._tokenizer = load_tokenizer(model, resolve_model(model, revision))
+        tokenizer = engine_args.get("tokenizer") or model
+        revision = engine_args.get("tokenizer_revision") or engine_args.get("revision")
+        self._tokenizer = load_tokenizer(tokenizer, resolve_model(tokenizer, revision))
         arguments = dict(engine_args)
         settings = ConnectorSettings.parse(
             {

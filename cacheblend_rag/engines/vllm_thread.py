@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.vllm.compat import wake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +108,12 @@ class EngineThread:
             if self._end is not None:
                 raise _ended(self._end) from self._end
             self._requests[request_id] = request
-            self._commands.put(add)
+            self._command(add)
         return request
 
     def close(self) -> None:
         """End the engine; closing twice does nothing."""
-        self._commands.put(None)
+        self._command(None)
         self._thread.join()
 
     def _send_abort(self, request_id: str) -> None:
@@ -120,7 +121,12 @@ class EngineThread:
             if self._requests.pop(request_id, None) is not None:
                 engine.abort_request([request_id])
 
-        self._commands.put(abort)
+        self._command(abort)
+
+    def _command(self, command: Callable[[Any], None] | None) -> None:
+        self._commands.put(command)
+        if (engine := self.engine) is not None:  # it has not ended
+            wake(engine)
 
     def _run(self, make_engine: Callable[[], Any], started: queue.SimpleQueue[BaseException | None]) -> None:
         try:
@@ -140,7 +146,7 @@ class EngineThread:
                 request.put(_ended(end))
             self._requests.clear()
         engine.engine_core.shutdown()
-        del self.engine
+        self.engine = None
 
     def _serve(self, engine: Any) -> None:
         while True:

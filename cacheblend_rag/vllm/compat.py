@@ -49,6 +49,18 @@ def server_arguments() -> Callable[[Any], Any]:
     raise ConfigError("this vLLM has no OpenAI-compatible server that cacheblend serve knows: start it by hand")
 
 
+def wake(engine: Any) -> None:
+    """Let ``LLMEngine.step`` return with no outputs to the thread that waits in it for an engine in another process.
+
+    Until a request has an output, which a long prompt may take seconds for, nothing else would end its waiting.
+    """
+    waited_for = getattr(engine.engine_core, "outputs_queue", None)  # with the engine in this process there is none
+    if waited_for is not None:
+        from vllm.v1.engine import EngineCoreOutputs
+
+        waited_for.put_nowait(EngineCoreOutputs())
+
+
 # Differences that need no code here because one way of writing works for both:
 # - start_load_kv: 0.26 calls it before the forward in every step; 0.32 before it only in steps with synchronous loads
 #   and after it in all others, with further keyword arguments. Blends are synchronous loads, so they always run before.

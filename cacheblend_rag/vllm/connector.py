@@ -115,7 +115,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
             ids = np.asarray(request.prompt_token_ids, np.int32)
             hit = len(ids) - 1 - num_external_tokens
             self._promised[request.request_id] = BlendJob(
-                request.request_id, ids, hit, (), self._settings.blend, "", "", block_ids
+                request.request_id, ids, hit, (), hit, self._settings.blend, "", "", block_ids
             )
         self._guard(
             "update_state_after_alloc", None, self._scheduler.allocated, request, block_ids, num_external_tokens
@@ -303,6 +303,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return call(*args)
         except Exception:
             self.faults[hook] += 1
+            if self._scheduler is not None:
+                self._scheduler.metrics.count("errors")
             log = logger.exception if self.faults[hook] == 1 else logger.debug
             log("CacheBlend failed in %s; the engine goes on without it", hook)
             return otherwise

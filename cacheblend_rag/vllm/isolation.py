@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +41,11 @@ class BlockHashes:
         self._cache_salt = request.cache_salt or ""
 
     def salt(self, marks: Marks) -> None:
-        """Give the blocks from each mark on hashes of their own, those of tokens to be generated included."""
+        """Give the blocks from each mark on hashes of their own, those of tokens to be generated included.
+
+        Raises:
+            Exception: whatever goes wrong; the hashes are plain then.
+        """
         request, hasher = self._request, self._hasher
         if hasher is None:
             return
@@ -71,7 +75,13 @@ class BlockHashes:
 
         request._block_hasher = salting_hasher
         request.block_hashes[:] = self.plain[: marks[0][0]]
-        request.update_block_hashes()
+        try:
+            request.update_block_hashes()
+        except BaseException:
+            request._block_hasher = hasher
+            request.cache_salt = self._cache_salt or None
+            request.block_hashes[:] = self.plain
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +112,7 @@ class Salts:
         self._scope = scope
         self._block_size = block_size
         self._earlier: OrderedDict[tuple[bytes, str], list[_Earlier]] = OrderedDict()
-        self._spoilt: Counter[str] = Counter()
+        self._age = 0
 
     def choose(
         self,
@@ -136,21 +146,24 @@ class Salts:
         self._remember(ids, plain, settings, _Earlier(b"", len(ids), tuple(segments), marks))
         return marks
 
-    def spoil(self, marks: Marks) -> None:
-        """Something went wrong in a blend under these salts: nobody may find its blocks any more."""
-        self._spoilt.update(salt for _, salt in marks)
+    def renew(self) -> None:
+        """Let nobody find blended blocks made so far: something went wrong in a blend.
+
+        All of them, so that what went wrong need not be remembered.
+        """
+        self._age += 1
+        self._earlier.clear()
 
     def _find(
         self, ids: TokenIds, plain: Sequence[bytes], settings: str, segments: Sequence[Segment], first_block: int
     ) -> _Earlier | None:
         """The longest earlier prompt that this one begins with and that was blended alike, itself included."""
         for blocks in range(len(plain), 0, -1):
-            rest = ids[blocks * self._block_size :].tobytes()
             for earlier in self._earlier.get((plain[blocks - 1], settings), ()):
+                rest = ids[blocks * self._block_size :].tobytes()
                 if (
                     rest.startswith(earlier.rest)
                     and earlier.marks[0][0] <= first_block
-                    and not any(salt in self._spoilt for _, salt in earlier.marks)
                     and tuple(s for s in segments if s.start < earlier.length) == earlier.segments
                 ):
                     return earlier
@@ -168,10 +181,7 @@ class Salts:
 
     def _digest(self, settings: str, segments: Sequence[Segment], read: TokenIds) -> str:
         hasher = hashlib.blake2b(digest_size=16)
-        for part in (self._scope.digest, settings, repr(segments)):
+        for part in (str(self._age), self._scope.digest, settings, repr(segments)):
             hasher.update(f"{len(part)}:{part}".encode())
         hasher.update(read.tobytes())
-        salt = hasher.hexdigest()
-        while salt in self._spoilt:
-            salt += f".{self._spoilt[salt]}"
-        return salt
+        return hasher.hexdigest()

@@ -25,6 +25,7 @@ class BlendJob:
         token_ids: The prompt, int32 ``[tokens]``.
         hit: Tokens whose KV vLLM took from its prefix cache; their blocks are shared and must not be written.
         segments: Matched runs of the whole prompt.
+        salted_from: Position from which on the prompt's blocks are hidden from others: none before may be blended.
         config: The request's settings.
         reason: Why it is blended.
         salt: Names the prompt cache's blended blocks that the hit may hold.
@@ -35,6 +36,7 @@ class BlendJob:
     token_ids: TokenIds
     hit: int
     segments: tuple[Segment, ...]
+    salted_from: int
     config: BlendConfig
     reason: str
     salt: str

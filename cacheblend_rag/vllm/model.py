@@ -79,11 +79,11 @@ class PagedModel:
         copies = max(1, self.tp.world_size // self.total_kv_heads)
         return gathered[..., ::copies, :]
 
-    def agree_on_lost(self, lost: list[bool]) -> list[bool]:
-        """What any rank could not read: ranks that went on with different chunks would never meet again."""
-        if self.tp.world_size == 1 or not lost:
-            return lost
-        flags = torch.tensor(lost, dtype=torch.int32)
+    def agree(self, failed: list[bool]) -> list[bool]:
+        """What failed on any rank: ranks that went on in different ways would never meet again."""
+        if self.tp.world_size == 1 or not failed:
+            return failed
+        flags = torch.tensor(failed, dtype=torch.int32)
         torch.distributed.all_reduce(flags, group=self.tp.cpu_group)
         return [bool(flag) for flag in flags]
 

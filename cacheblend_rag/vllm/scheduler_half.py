@@ -126,7 +126,8 @@ class SchedulerHalf:
         """See the module."""
         started = time.perf_counter()
         ids = np.asarray(request.prompt_token_ids or [], np.int32)
-        plan = _Plan(request, RequestParams(blend=self._settings.blend), BlendStats(len(ids)), ids)
+        stats = BlendStats(request.num_prompt_tokens, reason="planning failed, see the log")
+        plan = _Plan(request, RequestParams(blend=self._settings.blend), stats, ids)
         self._plans[request.request_id] = plan
         try:
             plan.params = RequestParams.parse(request.kv_transfer_params, self._settings.blend, self._num_layers)
@@ -136,6 +137,8 @@ class SchedulerHalf:
             return
         if plan.params.action == "generate":
             self._plan_generation(plan)
+        elif _obstacle(request):
+            plan.answer = {"error": f"bad request: {_obstacle(request)}"}
         elif self.refusal and plan.params.action in ("warm", "evict"):
             # Served plainly on purpose: nothing to store, and no reason to stop an ingestion.
             plan.answer = {
@@ -147,8 +150,6 @@ class SchedulerHalf:
                 "reason": self.refusal,
             }
             _replace_prompt(request, plan.ids[:1])
-        elif _obstacle(request):
-            plan.answer = {"error": f"bad request: {_obstacle(request)}"}
         else:
             self._answer(plan)
         plan.stats.match = time.perf_counter() - started
@@ -159,8 +160,8 @@ class SchedulerHalf:
         if plan is None:  # its arrival failed
             return 0
         # A request that comes back after a preemption may hit what it has generated, too.
-        plan.stats.prefix_tokens = min(hit, len(plan.ids))
-        plan.stats.missed_tokens = len(plan.ids) - plan.stats.prefix_tokens
+        plan.stats.prefix_tokens = min(hit, request.num_prompt_tokens)
+        plan.stats.missed_tokens = request.num_prompt_tokens - plan.stats.prefix_tokens
         if not plan.segments:
             if hit and plan.params.action == "generate":
                 plan.stats.decision = "prefix"
@@ -212,6 +213,7 @@ class SchedulerHalf:
                     plan.ids,
                     hit,
                     plan.segments,
+                    plan.marks[0][0] * self._block_size,
                     plan.params.blend,
                     plan.stats.reason,
                     plan.marks[-1][1],
@@ -247,7 +249,7 @@ class SchedulerHalf:
         for request_id in self._box.keys() - self._plans.keys():
             del self._box[request_id]  # of requests that were aborted
         for request_id, report in self._box.items():
-            self._spoil_if_wrong(self._plans[request_id], report)
+            self._renew_if_wrong(self._plans[request_id], report)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """What goes out with the response, for ``kv_transfer_params``."""
@@ -366,24 +368,24 @@ class SchedulerHalf:
             told = {name: value for name, value in report.items() if name != "finished_at"}
             stats = BlendStats(**{**told, "match": stats.match})
             stats.first_token = max(0.0, first_token_at - report["finished_at"])
-            self._spoil_if_wrong(plan, report)
+            self._renew_if_wrong(plan, report)
             self.metrics.count("chunk_faults", stats.faults)
             self.metrics.count("blend_faults", int(stats.decision == "prefill" and stats.faults == 0))
         elif stats.decision == "blend" and answered:  # promised, but a hook failed on the way
             stats.decision, stats.reason = "prefill", "blending failed, see the log"
-            self._salts.spoil(plan.marks)
+            self._salts.renew()
             self.metrics.count("blend_faults")
         if answered:
             stats.ttft = first_token_at - plan.request.arrival_time
             self.metrics.observe(stats)
         return stats
 
-    def _spoil_if_wrong(self, plan: _Plan, report: dict[str, Any]) -> None:
+    def _renew_if_wrong(self, plan: _Plan, report: dict[str, Any]) -> None:
         """Let nobody find blocks that hold something else than their salt stands for."""
         wrong = plan.marks and (report["faults"] or report["decision"] != "blend")
         if wrong and not plan.spoilt:
             plan.spoilt = True
-            self._salts.spoil(plan.marks)
+            self._salts.renew()
 
 
 def _first_loaded(layout: PromptLayout) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cacheblend_rag.blending import blend
-from cacheblend_rag.chunks import ChunkKV, ChunkScope, TokenIds
+from cacheblend_rag.chunks import ChunkKV, ChunkScope
 from cacheblend_rag.decision import decide
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
@@ -61,6 +61,7 @@ class _Choices:
                 for rows, layer in choice.deviation_passes:
                     if len(left := rows[rows >= job.hit].long()):
                         forward.deviations(left, layer)
+                self._known.move_to_end((job.salt, prompt))
                 positions = choice.positions.long()
                 return positions[torch.isin(positions, matched)]
         return None
@@ -99,6 +100,8 @@ class WorkerHalf:
         self._model = model
         self._store = store
         self._choices = _Choices()
+        self._library: ChunkLibrary | None = None
+        self._logged: set[str] = set()
 
     @torch.inference_mode()
     def run_blends(self, jobs: StepJobs) -> bool:
@@ -111,7 +114,7 @@ class WorkerHalf:
             try:
                 self._report(job, self._blend(job, jobs.scope))
             except Exception:
-                logger.exception("blending failed, the prompt is prefilled plainly")
+                self._log_fault("blending failed, the prompt is prefilled plainly")
                 self._prefill(job)
         return self.prefill(jobs.prefills)
 
@@ -129,7 +132,7 @@ class WorkerHalf:
             try:
                 report: dict[str, Any] = {"bytes": self._save(job, jobs.scope)}
             except Exception as error:
-                logger.exception("a chunk could not be stored")
+                self._log_fault("a chunk could not be stored")
                 report = {"error": str(error) or repr(error)}
             if self._model.is_first_rank:  # it alone writes chunks
                 self.reports[job.request_id] = report
@@ -137,6 +140,12 @@ class WorkerHalf:
     def _report(self, job: BlendJob, stats: BlendStats) -> None:
         if self._model.is_first_rank:  # all do alike
             self.reports[job.request_id] = {**stats.to_dict(), "finished_at": time.time()}
+
+    def _log_fault(self, what: str) -> None:
+        """Log the exception at hand, the first time; the metrics count them all."""
+        log = logger.debug if what in self._logged else logger.exception
+        self._logged.add(what)
+        log(what, exc_info=True)
 
     def close(self) -> None:
         """Close the store."""
@@ -152,7 +161,7 @@ class WorkerHalf:
         while lost := self._load(forward, layout):
             # As if these chunks were not warm: others may cover their tokens.
             unreadable |= lost
-            segments = self._rematch(job.token_ids, scope, unreadable)
+            segments = self._rematch(job, scope, unreadable)
             layout = PromptLayout.after_hit(job.token_ids, segments, primer_ids, job.hit)
             stats.decision, stats.reason = decide(layout, job.config)
             if stats.decision != "blend":
@@ -179,7 +188,7 @@ class WorkerHalf:
         try:
             self._forward(job).recompute(torch.arange(job.hit, len(job.token_ids)))
         except Exception:
-            logger.exception("prefilling failed too, the prompt is left to vLLM")
+            self._log_fault("prefilling failed too, the prompt is left to vLLM")
             self.failed_blocks.update(job.block_ids[job.hit // self._model.kv.block_size :])
         stats.recompute = time.perf_counter() - started
         self._report(job, stats)
@@ -191,18 +200,25 @@ class WorkerHalf:
         """Put cached KV in place; returns the keys of chunks that can't be read, and then nothing was put in place."""
         segments = layout.prefix_segments + layout.segments
         pieces = [(self._read(segment.key), segment) for segment in segments]
-        lost = self._model.agree_on_lost([chunk is None for chunk, _ in pieces])
+        lost = self._model.agree([chunk is None for chunk, _ in pieces])
         if any(lost):
             return {segment.key for segment, gone in zip(segments, lost, strict=True) if gone}
-        if pieces:
-            forward.place([(chunk, segment) for chunk, segment in pieces if chunk is not None])
+        failed = False
+        try:
+            if pieces:
+                forward.place([(chunk, segment) for chunk, segment in pieces if chunk is not None])
+        except Exception:  # on one rank, perhaps, for want of memory: the others must not go on alone
+            self._log_fault("cached KV could not be put in place")
+            failed = True
+        if any(self._model.agree([failed])):
+            raise RuntimeError("cached KV could not be put in place")
         return set()
 
     def _read(self, key: str) -> ChunkKV | None:
         try:
             chunk = self._store.get(key)
         except Exception:  # on one rank, perhaps: all have to go on to where they agree
-            logger.exception("chunk %s can't be read", key)
+            self._log_fault("a chunk can't be read")
             return None
         if chunk is not None and not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
@@ -215,14 +231,19 @@ class WorkerHalf:
         expected = (len(self._model.layers), self._model.total_kv_heads, kv.head_dim, kv.dtype)
         return (layers, heads, head_dim, chunk.kv.dtype) == expected
 
-    def _rematch(self, token_ids: TokenIds, scope: ChunkScope, unreadable: set[str]) -> list[Segment]:
-        """Matches without some chunks. All ranks go by the first one's: another may see a store that has moved on."""
+    def _rematch(self, job: BlendJob, scope: ChunkScope, unreadable: set[str]) -> list[Segment]:
+        """Matches without some chunks. All ranks go by the first one's: another may see a store that has moved on.
+
+        What is matched now may begin earlier than what was planned, in blocks that plain requests find.
+        """
         matched: list[Segment] = []
         if self._model.is_first_rank:
             try:
-                matched = ChunkLibrary(self._store, scope).match(token_ids, unreadable)
+                self._library = self._library or ChunkLibrary(self._store, scope)
+                found = self._library.match(job.token_ids, unreadable)
+                matched = [segment.since(job.salted_from) for segment in found if segment.end > job.salted_from]
             except Exception:  # the others wait for an answer
-                logger.exception("the store can't be searched")
+                self._log_fault("the store can't be searched")
         segments: list[Segment] = self._model.tp.broadcast_object(matched)
         return segments
 

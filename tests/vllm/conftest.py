@@ -170,6 +170,25 @@ class Case:
         return logits[-1][0]  # of the last step: those before it end within the prompt
 
 
+def alone(case: Case, prompts: list[str], **settings: Any) -> list[Generation]:
+    """Each prompt by itself, with nothing in the prefix cache."""
+    answers = []
+    for prompt in prompts:
+        forget_prefixes(case.engine)
+        answers.append(case.engine.generate(prompt, **settings))
+    forget_prefixes(case.engine)
+    return answers
+
+
+def assert_alike(answers: list[Generation], expected: list[Generation], tolerance: float = 1e-4) -> None:
+    """The same tokens, with the same log-probabilities."""
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.token_ids == other.token_ids
+        assert answer.logprobs is not None and other.logprobs is not None
+        for a, b in zip(answer.logprobs, other.logprobs, strict=True):
+            assert all(abs(a[token] - b[token]) < tolerance for token in a.keys() & b.keys())
+
+
 @contextlib.contextmanager
 def recorded_logits(engine: VllmEngine) -> Iterator[list[torch.Tensor]]:
     """The logits of every step of the engine."""

@@ -3,13 +3,14 @@ float32 on SmolLM2; eager, and with vLLM's compiled model and CUDA graphs."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from cacheblend_rag import policies
+from cacheblend_rag import Generation, policies
 from cacheblend_rag.engines.vllm import VllmEngine
 
 from .conftest import (
@@ -22,6 +23,7 @@ from .conftest import (
     random_text,
     recorded_logits,
     runner,
+    scheduler,
 )
 
 pytestmark = [
@@ -175,16 +177,84 @@ def test_i7_same_prompt_same_logits(case: Case, policy: str) -> None:
 
 def test_concurrent_requests(case: Case) -> None:
     """Blended and plain requests side by side, with asynchronous scheduling where vLLM has it on."""
-    from concurrent.futures import ThreadPoolExecutor
-
     prompts = [case.prompt(seed, chunks=4) for seed in range(20, 26)]
     modes = ["blend", "off"] * 3
 
-    def ask(prompt: str, mode: str) -> Any:
-        return case.engine.generate(prompt, max_tokens=16, blend={"mode": mode})
+    def ask(prompt: str, mode: str) -> Generation:
+        return case.engine.generate(prompt, max_tokens=16, logprobs=20, blend={"mode": mode})
 
+    allowed = 2 * noise(case, ids := case.ids(prompts[1]), case.logits(ids, mode="off"))  # log-probabilities move more
+    expected = []
+    for prompt, mode in zip(prompts, modes, strict=True):
+        forget_prefixes(case.engine)
+        expected.append(ask(prompt, mode))
     forget_prefixes(case.engine)
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, prompts, modes))
     assert [answer.stats.decision == "blend" for answer in answers] == [True, False] * 3
+    assert max(map(first_difference, answers, expected)) <= allowed
     assert not connectors(case.engine)[0].faults and not connectors(case.engine)[1].faults
+
+
+def first_difference(mine: Generation, theirs: Generation) -> float:
+    """Between the log-probabilities of two first tokens."""
+    assert mine.logprobs is not None and theirs.logprobs is not None
+    shared = mine.logprobs[0].keys() & theirs.logprobs[0].keys()
+    assert len(shared) > 5
+    return max(abs(mine.logprobs[0][token] - theirs.logprobs[0][token]) for token in shared)
+
+
+@pytest.fixture
+def small(engines: Engines, smollm2: str) -> Case:
+    """SmolLM2 with room for three prompts."""
+    engine_args = {"num_gpu_blocks_override": 300, "block_size": 16, "max_model_len": 4096, "enforce_eager": True}
+    engine = engines.get(smollm2, dtype="bfloat16", engine_args=engine_args)
+    engine.warm(CHUNKS)
+    return Case(engine, CHUNKS)
+
+
+def test_preempted_requests_go_on(small: Case) -> None:
+    """What resumes after a preemption comes as a new request here."""
+    prompts = [small.prompt(seed, chunks=4) for seed in range(30, 38)]
+    modes = ["blend", "off"] * 4
+    owner, preempted = scheduler(small.engine), []
+    preempt = owner._preempt_request
+
+    def count(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    def ask(prompt: str, mode: str) -> Generation:
+        return small.engine.generate(prompt, max_tokens=400, logprobs=20, blend={"mode": mode})
+
+    allowed = 2 * noise(small, ids := small.ids(prompts[1]), small.logits(ids, mode="off"))
+    expected = []
+    for prompt, mode in zip(prompts, modes, strict=True):
+        forget_prefixes(small.engine)
+        expected.append(ask(prompt, mode))
+    forget_prefixes(small.engine)
+    owner._preempt_request = count
+    try:
+        answers = list(ThreadPoolExecutor(8).map(ask, prompts, modes))
+    finally:
+        del owner._preempt_request
+    print(f"{len(preempted)} preemptions of {[len(small.ids(prompt)) for prompt in prompts]} tokens")
+    assert preempted
+    assert max(map(first_difference, answers, expected)) <= allowed
+    assert not connectors(small.engine)[0].faults and not connectors(small.engine)[1].faults
+
+
+def test_a_blend_that_fails_is_prefilled(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("injected")
+
+    ids = small.ids(small.prompt(40, chunks=4))
+    plain = small.logits(ids, mode="off")
+    allowed = noise(small, ids, plain)
+    forget_prefixes(small.engine)
+    with monkeypatch.context() as patch:
+        patch.setattr("cacheblend_rag.vllm.worker_half.blend", explode)
+        fallen_back = first_logits(small, ids)
+    assert float((fallen_back - plain).abs().max()) <= allowed
+    answers = list(ThreadPoolExecutor(4).map(lambda n: small.engine.generate(small.prompt(n)), range(41, 45)))
+    assert all(answer.stats.decision == "blend" for answer in answers)

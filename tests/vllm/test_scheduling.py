@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from cacheblend_rag import Generation
 from cacheblend_rag.vllm.forward import PagedForward
 
-from .conftest import CHUNKS, Case, Engines, connectors, forget_prefixes, recorded_logits, scheduler, together
+from .conftest import (
+    CHUNKS,
+    Case,
+    Engines,
+    alone,
+    assert_alike,
+    connectors,
+    forget_prefixes,
+    recorded_logits,
+    scheduler,
+    together,
+)
 
 BLOCK = 32
 TOLERANCE = 1e-4
@@ -51,24 +61,6 @@ def preemptions(case: Case) -> Iterator[list[str]]:
     owner._preempt_request = count
     yield found
     del owner._preempt_request
-
-
-def alone(case: Case, prompts: list[str], **settings: Any) -> list[Generation]:
-    """Each prompt by itself, with nothing in the prefix cache."""
-    answers = []
-    for prompt in prompts:
-        forget_prefixes(case.engine)
-        answers.append(case.engine.generate(prompt, **settings))
-    forget_prefixes(case.engine)
-    return answers
-
-
-def assert_alike(answers: list[Generation], expected: list[Generation]) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer.token_ids == other.token_ids
-        assert answer.logprobs is not None and other.logprobs is not None
-        for a, b in zip(answer.logprobs, other.logprobs, strict=True):
-            assert all(abs(a[token] - b[token]) < TOLERANCE for token in a.keys() & b.keys())
 
 
 def test_a_prompt_longer_than_a_step(case: Case) -> None:

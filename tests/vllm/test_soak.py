@@ -33,8 +33,14 @@ def stock_answers(model: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, dtype="float32", enforce_eager=True, **ENGINE_ARGS)
-    answers = llm.generate(prompts(), SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
-    return {"answers": [list(answer.outputs[0].token_ids) for answer in answers]}
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=3)
+    outputs = [answer.outputs[0] for answer in llm.generate(prompts(), params, use_tqdm=False)]
+    return {
+        "answers": [
+            [list(output.token_ids), [{token: one.logprob for token, one in step.items()} for step in output.logprobs]]
+            for output in outputs
+        ]
+    }
 
 
 def soak(model: str) -> dict[str, Any]:
@@ -43,13 +49,13 @@ def soak(model: str) -> dict[str, Any]:
     engine = Engines().get(model, engine_args=ENGINE_ARGS)
     engine.warm(CHUNKS)
     texts = prompts()
-    plain: list[tuple[int, list[int]]] = []
+    plain: list[tuple[int, list[int], Any]] = []
 
     def ask(n: int, mode: str, ratio: float) -> None:
         blend = {"mode": mode, "recompute_ratio": ratio, "policy": "hkvd" if ratio == 0.1 else "query_aware"}
-        answer = engine.generate(texts[n], max_tokens=6, blend=blend)
+        answer = engine.generate(texts[n], max_tokens=6, logprobs=3, blend=blend)
         if mode == "off":
-            plain.append((n, answer.token_ids))
+            plain.append((n, answer.token_ids, answer.logprobs))
 
     sizes = []
     with ThreadPoolExecutor(4) as pool:
@@ -105,8 +111,10 @@ def test_soak(model: str) -> None:
     expected = in_a_process("stock_answers", model)["answers"]
     result = in_a_process("soak", model)
     assert len(result["plain"]) > 60
-    for n, token_ids in result["plain"]:
-        assert token_ids == expected[n]
+    for n, token_ids, logprobs in result["plain"]:
+        assert token_ids == expected[n][0]
+        for mine, theirs in zip(logprobs, expected[n][1], strict=True):
+            assert all(abs(mine[token] - theirs[token]) < 1e-4 for token in mine.keys() & theirs.keys())
     assert result["counts"]["blend"] > 20
     assert (result["faults"], result["left"], result["free_blocks"]) == (0, 0, 399)
     # One prompt's KV that is kept for each blended request would be 25 MiB.

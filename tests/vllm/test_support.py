@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from cacheblend_rag import BlendConfig, ConfigError, UnsupportedModelError, load_engine
 from cacheblend_rag.vllm import compat, support
 from cacheblend_rag.vllm.settings import ConnectorSettings, RequestParams
 
-from .conftest import CHUNKS, PRIMER, WIDE, Engines, open_engine
+from .conftest import CHUNKS, PRIMER, WIDE, Engines, connectors, open_engine
 
 MLA: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -98,6 +99,36 @@ def test_what_only_the_loaded_model_shows_is_refused_too(
     monkeypatch.setattr("cacheblend_rag.vllm.support.unsupported_reason", lambda config: None)
     with pytest.raises(UnsupportedModelError, match="sliding window of 128 tokens"):
         open_engine(make_model("mistral", **WIDE, sliding_window=128))
+
+
+@pytest.mark.parametrize("refusal", ["", "it has a strange attention"])
+@pytest.mark.parametrize("ours", [{"mode": "blend"}, {"warm": True}, {"evict": True}, {"describe": True}])
+def test_prompts_of_embeddings_are_served_plainly(
+    model: str, engines: Engines, ours: dict[str, Any], refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import SamplingParams
+
+    engine = engines.get(model, engine_args={"enable_prompt_embeds": True})
+    monkeypatch.setattr(connectors(engine)[0]._scheduler, "refusal", refusal)
+    params = SamplingParams(max_tokens=2, temperature=0, extra_args={"kv_transfer_params": {"cacheblend": ours}})
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(40, WIDE["hidden_size"], generator=generator)
+    told: list[Any] = []
+
+    def ask(inner: Any) -> None:
+        inner.add_request(f"embeds-{ours}-{refusal}", {"prompt_embeds": embeddings}, params)
+        while not told:
+            told.extend(output for output in inner.step() if output.finished)
+
+    engine._thread._commands.put(ask)
+    assert engine.generate("And this?", max_tokens=2).token_ids
+    assert len(told[0].outputs[0].token_ids) == 2
+    assert connectors(engine)[0].faults.total() == 0
+    answer = told[0].kv_transfer_params["cacheblend"]
+    if "mode" in ours:
+        assert (answer["prompt_tokens"], answer["reused_tokens"]) == (40, 0)
+    else:
+        assert "not made of token ids" in answer["error"]
 
 
 @pytest.mark.parametrize("found_by", ["config", "probe"])
