@@ -37,6 +37,7 @@ def serve(
 
     Further options are vLLM's own: --host, --port, --max-model-len, --tensor-parallel-size, ...
     """
+    from cacheblend_rag.engines.model_files import resolve_model
     from cacheblend_rag.primer import DEFAULT_PRIMER
     from cacheblend_rag.vllm.compat import check_version
     from cacheblend_rag.vllm.middleware import NUM_LAYERS_VARIABLE, CheckParams
@@ -67,6 +68,8 @@ def serve(
     if not any(argument.startswith("--prefix-caching-hash-algo") for argument in context.args):
         arguments += ["--prefix-caching-hash-algo", "xxhash"]
     arguments += context.args
+    if model.startswith((".", "/", "~")):
+        resolve_model(model)  # a missing directory is a hub id to vLLM
     # Before vLLM's processes start: what is wrong is said in one line then, not in a hundred.
     vllm_config = _parse(arguments)
     if settings.on_unsupported == "refuse":

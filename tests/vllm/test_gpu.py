@@ -207,7 +207,13 @@ def first_difference(mine: Generation, theirs: Generation) -> float:
 @pytest.fixture
 def small(engines: Engines, smollm2: str) -> Case:
     """SmolLM2 with room for three prompts."""
-    engine_args = {"num_gpu_blocks_override": 300, "block_size": 16, "max_model_len": 4096, "enforce_eager": True}
+    engine_args = {
+        "num_gpu_blocks_override": 270,
+        "max_num_seqs": 8,
+        "block_size": 16,
+        "max_model_len": 4096,
+        "enforce_eager": True,
+    }
     engine = engines.get(smollm2, dtype="bfloat16", engine_args=engine_args)
     engine.warm(CHUNKS)
     return Case(engine, CHUNKS)
@@ -225,7 +231,7 @@ def test_preempted_requests_go_on(small: Case) -> None:
         preempt(request, *args, **kwargs)
 
     def ask(prompt: str, mode: str) -> Generation:
-        return small.engine.generate(prompt, max_tokens=400, logprobs=20, blend={"mode": mode})
+        return small.engine.generate(prompt, max_tokens=100, logprobs=20, blend={"mode": mode})
 
     allowed = 2 * noise(small, ids := small.ids(prompts[1]), small.logits(ids, mode="off"))
     expected = []

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from cacheblend_rag import BlendConfig, ConfigError, PromptTooLongError, ServerError, UnsupportedModelError, load_engine
+from cacheblend_rag.engines.base import SamplingParams
 from cacheblend_rag.engines.server import ServerEngine
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.errors import ChunkTooLongError
@@ -294,6 +296,31 @@ def test_async_does_as_sync(engine: ServerEngine) -> None:
         answers, streamed = asyncio.run(ask())
         assert [answer.text for answer in answers] == expected
         assert streamed == expected[0]
+
+
+def test_event_loops_that_ended_leave_no_clients_behind(engine: ServerEngine) -> None:
+    for _ in range(4):
+        asyncio.run(engine.agenerate("Once", max_tokens=1))
+    assert len(engine._async_clients) == 1
+
+
+def test_what_breaks_off_is_an_error_and_no_short_answer(engine: ServerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = engine._request("Once", BLEND, SamplingParams())
+    answer = engine._client.completions.create(**request)
+    answer.choices[0].finish_reason = "abort"  # type: ignore[assignment]  # what vLLM says when it gives a request up
+    with pytest.raises(ServerError, match="abort"):
+        engine._generation(answer, SamplingParams(), request)
+    with pytest.raises(ServerError, match="broke off: no room"), engine._errors():  # an error among a stream's events
+        raise openai.APIError("no room", httpx.Request("POST", "http://localhost"), body=None)
+
+    def unreachable(request: dict[str, Any]) -> Any:
+        raise ServerError("gone")
+
+    monkeypatch.setattr(engine, "_complete", unreachable)  # the answer has come, its stats can't be had
+    *_, last = engine.stream("Once", max_tokens=2)
+    assert last.generation is not None
+    assert last.generation.text
+    assert "could not tell" in last.generation.stats.reason
 
 
 def test_a_stop_string_ends_the_answer(engine: ServerEngine) -> None:
