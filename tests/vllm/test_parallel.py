@@ -1,11 +1,13 @@
-"""I5: tensor-parallel ranks choose the same tokens, and answer as one rank does. Quantised weights."""
+"""I5: tensor-parallel ranks choose the same tokens, and answer as one rank does. Data parallel, quantised weights."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cacheblend_rag import load_engine
 from cacheblend_rag.engines.vllm import VllmEngine
 
 from .conftest import BLEND, CHUNKS, WIDE, Case, Engines, connectors, forget_prefixes, open_engine
+from .servers import SERVE, serving
 
 POLICIES = ["hkvd", "query_aware"]
 RATIOS = [0.0, 0.15, 0.5, 1.0]
@@ -193,6 +197,33 @@ def quantised(model: str, folder: Path) -> str:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_data_parallel_ranks_share_a_store(engines: Engines, model: str, tmp_path: Path) -> None:
+    """Each rank warms some of the chunks, and both blend with all of them."""
+    engines.close()
+    options = ["--store", str(tmp_path / "store"), "--mode", "blend", "--served-model-name", "model"]
+    options += ["--max-model-len", "2048", "--data-parallel-size", "2"]
+    texts = ["Read.\n" + "\n".join(CHUNKS[(n + k) % 6] for k in range(4)) + f"\nQuestion {n}?" for n in range(12)]
+    with (
+        serving([*SERVE, model, *options], tmp_path / "log", seconds=200) as url,
+        load_engine("model", engine="server", base_url=url) as engine,
+    ):
+        assert engine.warm(CHUNKS).stored == len(CHUNKS)
+        plain = engine.generate(texts, max_tokens=4, blend={"mode": "off"})
+        answers = engine.generate(texts, max_tokens=4)
+        exact = engine.generate(texts, max_tokens=4, blend={"recompute_ratio": 1.0})
+        assert engine.warm(CHUNKS).already_there == len(CHUNKS)
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=30) as response:
+            metrics = response.read().decode()
+    assert [answer.stats.segments for answer in answers] == [4] * 12
+    assert [answer.token_ids for answer in exact] == [answer.token_ids for answer in plain]
+    for name in ('requests_total{decision="blend",', "warmed_chunks_total{"):
+        counts = {line.rsplit(" ", 1)[1] for line in metrics.splitlines() if line.startswith(f"vllm:cacheblend_{name}")}
+        assert len(re.findall(re.escape(f"vllm:cacheblend_{name}") + 'engine="[01]"', metrics)) == 2
+        assert "0.0" not in counts
 
 
 def test_quantised_weights(engines: Engines, make_model: Callable[..., str], tmp_path: Path) -> None:
