@@ -1,22 +1,23 @@
-"""The in-process engine as users get it: vLLM's core in a process of its own."""
+"""In process as users have it, with vLLM's core in a process of its own: our engine, and ``vllm.LLM`` by hand."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .conftest import WIDE
+from .conftest import CHUNKS, WIDE
 
 # A long prompt is read in many steps without an output. What is asked meanwhile must not wait for its first token.
-SCRIPT = """
+ENGINE = """
 import sys, threading, time
 from cacheblend_rag import load_engine
 
 if __name__ == "__main__":
-    args = {"enforce_eager": True, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 16}
+    args = {"enforce_eager": True, "max_num_batched_tokens": 64, "long_prefill_token_threshold": 8}
     engine = load_engine(sys.argv[1], engine="vllm", dtype="float32", engine_args=args)
     ended, began = [], threading.Event()
 
@@ -36,17 +37,53 @@ if __name__ == "__main__":
     print("ENDED", *ended)
 """
 
+BY_HAND = """
+import json, sys
+from vllm import LLM, SamplingParams
 
-def test_a_request_does_not_wait_for_the_first_token_of_another(make_model: Callable[..., str], tmp_path: Path) -> None:
+if __name__ == "__main__":
+    model, store, chunk = sys.argv[1:]
+    settings = {"store": store, "blend": {"mode": "blend"}}
+    transfer = {"kv_connector": "CacheBlendConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+    llm = LLM(model, dtype="float32", enforce_eager=True, kv_transfer_config=transfer)
+
+    def ask(prompt, **ours):
+        extra = {"kv_transfer_params": {"cacheblend": ours}} if ours else None
+        params = SamplingParams(max_tokens=4, temperature=0, extra_args=extra)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        return output.outputs[0].text, output.kv_transfer_params["cacheblend"]
+
+    prompt = "Read this. " + chunk + " What is it?"
+    warmed, plain = ask(chunk, warm=True), ask(prompt, mode="off")
+    print("TOLD" + json.dumps([warmed, plain, ask(prompt, recompute_ratio=1.0), ask(prompt)]))
+"""
+
+
+def run(tmp_path: Path, code: str, *arguments: str) -> str:
+    """Run a script in a process of its own; its output."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     done = subprocess.run(
-        [sys.executable, str(script), make_model("qwen2", **WIDE)],
+        [sys.executable, str(script), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
-    assert "ENDED short long" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_request_does_not_wait_for_the_first_token_of_another(make_model: Callable[..., str], tmp_path: Path) -> None:
+    assert "ENDED short long" in run(tmp_path, ENGINE, make_model("qwen2", **WIDE))
+
+
+def test_by_hand(make_model: Callable[..., str], tmp_path: Path) -> None:
+    output = run(tmp_path, BY_HAND, make_model("qwen3", **WIDE), str(tmp_path / "store"), CHUNKS[0])
+    line = next(line for line in output.splitlines() if line.startswith("TOLD"))
+    (_, warmed), (plain, off), (exact, _), (_, blended) = json.loads(line.removeprefix("TOLD"))
+    assert (warmed["stored"], off["decision"], blended["decision"], blended["segments"]) == (1, "prefill", "blend", 1)
+    assert exact == plain
+    assert blended["reused_tokens"] > 0.5 * len(CHUNKS[0])
