@@ -37,6 +37,7 @@ def test_demo_twice(models: Path, tmp_path: Path) -> None:
     assert "warmed now: 0" in second
 
 
+@pytest.mark.slow
 def test_demo_on_vllm(models: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
     shown = run_demo(models, tmp_path / "work", "--engine", "vllm", "--questions", "1")
