@@ -446,6 +446,7 @@ def test_serve_refuses_what_it_can_not_blend(
         assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
+@pytest.mark.slow
 def test_a_server_without_the_connector(folder: Path, model: str) -> None:
     with (
         serving([*BARE, model, "--max-model-len", "512"], folder / "plain.log") as url,
