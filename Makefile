@@ -5,7 +5,7 @@ VENV := .venv
 MODELS := .models
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-PACKAGES := -e integrations/langchain-cacheblend
+PACKAGES := -e integrations/langchain-cacheblend -e integrations/llama-index-llms-cacheblend
 ENGINE := transformers
 export CACHEBLEND_TEST_MODEL ?= $(CURDIR)/$(MODELS)/smollm2-135m-instruct
 
@@ -20,7 +20,8 @@ vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no G
 test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
 	$(BIN)/python -m pytest -q
 
-test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct ## Tests that take minutes.
+test-slow: export CACHEBLEND_TEST_TOOL_MODEL ?= $(CURDIR)/$(MODELS)/qwen2.5-coder-0.5b-instruct
+test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/qwen2.5-coder-0.5b-instruct ## Tests that take minutes.
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
@@ -35,7 +36,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch by itself first: the version that constraints.txt names satisfies everyone who asks for it afterwards.
-$(VENV)/demo.stamp: pyproject.toml integrations/langchain-cacheblend/pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/demo.stamp: pyproject.toml $(wildcard integrations/*/pyproject.toml) constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
 	$(PIP) -e ".[demo]" $(PACKAGES)
 	touch $@

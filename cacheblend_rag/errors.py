@@ -29,6 +29,14 @@ class ServerError(CacheBlendError, ConnectionError):
     """A vLLM server can't be reached, does not answer in time, or fails."""
 
 
+class AnswerTimeoutError(CacheBlendError, TimeoutError):
+    """An answer was not complete within the ``timeout`` of its call; the engine goes on."""
+
+
+class ServerTimeoutError(ServerError, AnswerTimeoutError):
+    """A vLLM server does not answer in time."""
+
+
 class PolicyError(CacheBlendError):
     """A selection policy returned indices it may not return; the message names the policy."""
 

@@ -1,4 +1,4 @@
-"""From a directory of text files to warm chunks: find, read, split, warm, and keep the catalogue in step.
+"""From a directory of documents to warm chunks: find, read, split, warm, and keep the catalogue in step.
 
 Ingesting again is how to go on after an interruption and how to follow a corpus that changed: files that are done cost
 a hash, chunks that are warm are skipped, and chunks whose text is gone are evicted.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import stat
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cacheblend_rag.errors import ConfigError, IngestError
+from cacheblend_rag.reading import SUFFIXES, read_text
 
 if TYPE_CHECKING:
     from cacheblend_rag.catalog import Catalog
     from cacheblend_rag.engines.base import Engine
-
-SUFFIXES = (".md", ".txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +92,9 @@ def ingest(
     chunk_tokens: int = 256,
     progress: Progress | None = None,
 ) -> IngestReport:
-    """Warm every ``.txt`` and ``.md`` file under a directory and record their texts in the catalogue.
+    """Warm every text, Markdown, HTML and PDF file under a directory and record their texts in the catalogue.
 
-    Files that can't be read or are not text are reported, and the others ingested all the same.
+    Files that can't be read or hold no text are reported, and the others ingested all the same.
 
     Args:
         engine: Warms the chunks.
@@ -117,14 +115,14 @@ def ingest(
     root = Path(directory).resolve()
     files, bad = find_files(root)
     if not files and not bad:
-        raise IngestError(f"{directory} holds no {' or '.join(SUFFIXES)} files to ingest")
+        raise IngestError(f"{directory} holds no files to ingest ({', '.join(SUFFIXES)})")
 
     report = IngestReport(bad=bad)
     for done, path in enumerate(files):
         tell = partial(_tell, progress, done, len(files), str(path))
         tell(0, 0)
         try:
-            text = _read(path)
+            text = read_text(path)
         except IngestError as error:
             bad.append(BadFile(str(path), str(error)))
             continue
@@ -138,7 +136,7 @@ def ingest(
 
 
 def find_files(root: Path) -> tuple[list[Path], list[BadFile]]:
-    """The text files under a directory, sorted, and the subdirectories that can't be listed.
+    """The files to ingest under a directory, sorted, and the subdirectories that can't be listed.
 
     Hidden files and directories are skipped, links to directories are not followed.
 
@@ -177,21 +175,18 @@ def split(text: str, suffix: str, chunk_tokens: int, count_tokens: Callable[[str
     return splitter.from_callback(count_tokens, chunk_tokens).chunks(text)
 
 
-def _read(path: Path) -> str:
-    try:
-        str(path).encode()
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-            raise IngestError("not a regular file")
-        data = path.read_bytes()
-        if b"\0" in data:
-            raise IngestError("not text but binary (it holds zero bytes)")
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise IngestError(str(error.strerror)) from error
-    except UnicodeEncodeError as error:
-        raise IngestError("its name is not UTF-8") from error
-    except UnicodeDecodeError as error:
-        raise IngestError(f"not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}): convert it") from error
+def read_chunks(path: str | os.PathLike[str], chunk_tokens: int, count_tokens: Callable[[str], int]) -> list[str]:
+    """The chunks of a file, exactly the texts that :func:`ingest` warms: put them in prompts as they are.
+
+    Args:
+        path: The file.
+        chunk_tokens: Most tokens of a chunk, as given to ``ingest``.
+        count_tokens: The engine's.
+
+    Raises:
+        IngestError: see :func:`cacheblend_rag.reading.read_text`.
+    """
+    return split(read_text(path), Path(path).suffix.lower(), chunk_tokens, count_tokens)
 
 
 def _ingest_file(

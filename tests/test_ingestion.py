@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pdfs import encrypted, pdf
 
 from cacheblend_rag import Engine, load_engine
 from cacheblend_rag.catalog import Catalog
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, IngestError, StoreError
-from cacheblend_rag.ingestion import IngestProgress, IngestReport, find_files, ingest, split
+from cacheblend_rag.ingestion import IngestProgress, IngestReport, find_files, ingest, read_chunks, split
 
 WORDS = [a + b for a in ("bra", "dun", "kel", "mor", "sil", "tam") for b in ("ford", "gate", "low", "mere", "wick")]
 
@@ -80,13 +81,20 @@ def assert_in_step(engine: Engine, catalog: Catalog) -> None:
 
 
 def test_it_finds_text_files_below_sorted_and_nothing_hidden(tmp_path: Path) -> None:
-    names = ["z.txt", "a.md", "B.TXT", "sub/c.md", "sub/.hidden.md", ".git/d.md", "e.pdf", "md", "f.md.bak"]
+    names = ["z.txt", "a.md", "B.TXT", "sub/c.md", "sub/.hidden.md", ".git/d.md", "e.Pdf", "md", "f.md.bak", "g.html"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.md").mkdir()
     files, bad = find_files(tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in files] == ["B.TXT", "a.md", "sub/c.md", "z.txt"]
+    assert [str(path.relative_to(tmp_path)) for path in files] == [
+        "B.TXT",
+        "a.md",
+        "e.Pdf",
+        "g.html",
+        "sub/c.md",
+        "z.txt",
+    ]
     assert bad == []
 
 
@@ -295,7 +303,57 @@ def test_progress_counts_files_and_chunks(catalog: Catalog, corpus: Path, run) -
         assert mine == [(0, 0), *((done, chunks) for done in range(1, chunks + 1))]
 
 
+# HTML and PDF
+
+
+@pytest.fixture
+def documents(corpus: Path) -> Path:
+    (corpus / "page.html").write_text(f"<title>t</title><h1>Page</h1><p>{prose(4)}</p>")
+    (corpus / "paper.PDF").write_bytes(pdf(*(prose(seed) for seed in (5, 6))))
+    return corpus
+
+
+def test_html_and_pdf_are_ingested_and_followed(engine, catalog, documents: Path, run) -> None:
+    assert run().files == 5
+    assert catalog.texts(str(documents / "page.html"))[0].startswith("Page")
+    assert_in_step(engine, catalog)
+    again = run()
+    assert (again.stored, again.evicted, again.bad) == (0, 0, [])
+    (documents / "page.html").write_text(f"<body><h1>Page</h1>\n\n<p>{prose(4)}</p></body>")  # shows the same
+    assert (run().stored, run().evicted) == (0, 0)
+    (documents / "paper.PDF").write_bytes(pdf(prose(5)))
+    changed = run()
+    assert changed.evicted > 0
+    assert_in_step(engine, catalog)
+
+
+def test_read_chunks_gives_the_texts_that_were_warmed(engine: Engine, catalog: Catalog, documents: Path, run) -> None:
+    run()
+    for source in catalog.sources():
+        assert read_chunks(source, 120, engine.count_tokens) == catalog.texts(source) != []
+    warmed = engine.warm(read_chunks(documents / "paper.PDF", 120, engine.count_tokens))
+    assert (warmed.stored, warmed.already_there > 2) == (0, True)
+
+
 # Bad input
+
+
+def test_bad_documents_are_named_and_the_others_ingested(engine, catalog, documents: Path, run) -> None:
+    (documents / "locked.pdf").write_bytes(encrypted(pdf("text"), "secret"))
+    (documents / "scanned.pdf").write_bytes(pdf(""))
+    (documents / "cut.pdf").write_bytes((documents / "paper.PDF").read_bytes()[:200])
+    (documents / "blank.htm").write_text("<html></html>")
+    (documents / "latin1.html").write_bytes("<p>caf\u00e9".encode("latin-1"))
+    report = run()
+    assert {Path(bad.path).name: bad.reason for bad in report.bad} == {
+        "locked.pdf": "a PDF that needs a password: save it without one (qpdf --decrypt)",
+        "scanned.pdf": "a PDF without text (scanned?): run OCR over it first (ocrmypdf)",
+        "cut.pdf": "damaged PDF (Stream has ended unexpectedly): repair it, or save it again",
+        "blank.htm": "HTML that shows no text: if scripts write it, save the page from a browser",
+        "latin1.html": "not UTF-8 text (byte 0xe9 at 6): convert it",
+    }
+    assert report.files == 5
+    assert_in_step(engine, catalog)
 
 
 def test_bad_files_are_named_and_the_others_ingested(engine: Engine, catalog: Catalog, corpus: Path, run) -> None:
@@ -361,7 +419,7 @@ def test_no_text_at_all_is_an_error(engine: Engine, catalog: Catalog, tmp_path: 
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(IngestError, match=r"holds no \.md or \.txt files"):
+    with pytest.raises(IngestError, match=r"holds no files to ingest \(\.htm, \.html, \.md, \.pdf, \.txt\)"):
         ingest(engine, folder, catalog)
     (folder / "a.txt").write_text("\n")
     with pytest.raises(IngestError, match="are empty"):

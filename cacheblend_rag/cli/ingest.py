@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,11 @@ from cacheblend_rag.cli.console import ingest_progress, plural, print_error, pri
 if TYPE_CHECKING:
     from cacheblend_rag.ingestion import IngestProgress, IngestReport
 
+_KINDS = ".txt, .md, .html, .htm and .pdf"
+
 
 def ingest(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Its .txt and .md files are ingested, recursively.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help=f"Its {_KINDS} files are ingested, recursively.")],
     model: options.Model,
     store: options.Store,
     engine: options.EngineName = "transformers",
@@ -28,13 +31,15 @@ def ingest(
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Prefill a directory's text files once, in chunks, and store their KV.
+    """Prefill a directory's documents once, in chunks, and store their KV.
 
-    Run it again to go on after an interruption, or to follow the directory after it changed.
+    Run it again to go on after an interruption, or to follow the directory after it changed. HTML and PDF need the
+    extra "documents" of cacheblend-rag.
     """
     from cacheblend_rag.catalog import Catalog
     from cacheblend_rag.ingestion import find_files, ingest
 
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity of a file that it can read
     find_files(directory)  # a directory that isn't there is told before the model is loaded
     store.mkdir(parents=True, exist_ok=True)  # with a server, only the catalogue is kept there
     last: IngestProgress | None = None

@@ -5,18 +5,23 @@ from __future__ import annotations
 import abc
 import asyncio
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, overload
 
 import numpy as np
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError
+from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
+from cacheblend_rag.structured import structural_tag
 from cacheblend_rag.validation import is_number, is_whole
 
 if TYPE_CHECKING:
+    from cacheblend_rag.chat.tool_format import ToolFormat
     from cacheblend_rag.chunks import ChunkScope, TokenIds
 
 Prompt = str | Sequence[int]
@@ -35,6 +40,11 @@ class SamplingParams:
         seed: Makes sampling repeatable.
         stop: Strings that end the answer; not part of its text.
         logprobs: Return log-probabilities of this many top tokens.
+        structured_outputs: What the answer must look like, see :func:`cacheblend_rag.structured.structural_tag`.
+        skip_special_tokens: Leave special tokens out of the text.
+        timeout: Seconds to wait for the answer, looked at between tokens; with a server, to wait for each of its
+            messages. None: no end, or what the server's client was given.
+        max_retries: How often a request that a server did not take is sent again; None: what its client was given.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -47,6 +57,10 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    structured_outputs: Mapping[str, Any] | None = None
+    skip_special_tokens: bool = True
+    timeout: float | None = None
+    max_retries: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -65,6 +79,14 @@ class SamplingParams:
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if self.logprobs is not None and (not is_whole(self.logprobs) or self.logprobs < 0):
             raise ConfigError(f"logprobs must be a whole number from 0, not {self.logprobs!r}")
+        if not isinstance(self.skip_special_tokens, bool):
+            raise ConfigError(f"skip_special_tokens must be True or False, not {self.skip_special_tokens!r}")
+        if self.timeout is not None and (not is_number(self.timeout) or self.timeout <= 0):
+            raise ConfigError(f"timeout must be seconds, more than 0, or None, not {self.timeout!r}")
+        if self.max_retries is not None and (not is_whole(self.max_retries) or self.max_retries < 0):
+            raise ConfigError(f"max_retries must be a whole number from 0, or None, not {self.max_retries!r}")
+        if self.structured_outputs is not None:
+            structural_tag(self.structured_outputs)
 
 
 class Engine(abc.ABC):
@@ -76,13 +98,17 @@ class Engine(abc.ABC):
         context_window: Most tokens of prompt plus answer.
         num_layers: Layers of the model.
         scope: Namespace, model and primer: which stored chunks it may read.
+        settings: The arguments of ``load_engine`` that made it, to make it again elsewhere; None: made otherwise.
     """
 
+    settings: Mapping[str, Any] | None = None
     model_name: str
     blend: BlendConfig
     context_window: int
     num_layers: int
     scope: ChunkScope
+    _prefetcher: Prefetcher
+    _at_once: ClassVar[int] = 32  # answers that coroutines wait for at a time; more wait in turn
 
     @abc.abstractmethod
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
@@ -104,6 +130,57 @@ class Engine(abc.ABC):
         Raises:
             StoreError: the store can't be written.
         """
+
+    def is_warm(self, chunks: Sequence[str]) -> list[bool]:
+        """Which texts are stored now. One without tokens has nothing to store and counts as warm."""
+        keys = self.chunk_keys(chunks)
+        warm = self._held(keys) | {self.scope.key(np.empty(0, np.int32))}
+        return [key in warm for key in keys]
+
+    def prefetch(self, chunks: Sequence[str]) -> None:
+        """Begin to bring the KV of stored chunks from disk to memory, in the background, and return at once.
+
+        For texts that a prompt will hold soon. Those that are cold or in memory are left as they are, and so is
+        everything where the store has no memory in front of its disk. A failure is logged.
+        """
+        self._prefetcher.add(chunks)
+
+    def chunk_keys(self, chunks: Sequence[str]) -> list[str]:
+        """The key that each text is stored under, whether it is stored or not."""
+        return [self.scope.key(ids) for ids in self._encode_chunks(chunks)]
+
+    def stored_keys(self) -> set[str]:
+        """The keys of all chunks stored for this namespace, model and primer, by any process.
+
+        Raises:
+            StoreError: the store can't be read.
+        """
+        found: set[str] = set()
+        cursor, some = self._keys_since(0)
+        while some:
+            found.update(some)
+            cursor, some = self._keys_since(cursor)
+        return found
+
+    @abc.abstractmethod
+    def evict_keys(self, keys: Sequence[str]) -> int:
+        """Remove chunks of this namespace, model and primer from the store; returns how many were there.
+
+        Raises:
+            StoreError: the store can't be written.
+        """
+
+    @abc.abstractmethod
+    def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        """The token ids of each chunk, int32 ``[tokens]``."""
+
+    @abc.abstractmethod
+    def _held(self, keys: Sequence[str]) -> set[str]:
+        """Those of some keys that a chunk of this scope is stored under."""
+
+    @abc.abstractmethod
+    def _keys_since(self, cursor: int) -> tuple[int, list[str]]:
+        """Some keys of this scope, see :meth:`ChunkStore.keys_since`."""
 
     @overload
     def generate(
@@ -138,6 +215,7 @@ class Engine(abc.ABC):
         Raises:
             ConfigError: a bad setting.
             PromptTooLongError: prompt plus ``max_tokens`` does not fit the context.
+            AnswerTimeoutError: there is a ``timeout``, and it is over.
         """
         config, params = self._settings(blend, sampling)
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer)):
@@ -160,7 +238,8 @@ class Engine(abc.ABC):
     ) -> Generation:
         """:meth:`generate` for one prompt, without blocking the event loop."""
         config, params = self._settings(blend, sampling)
-        (answer,) = await asyncio.to_thread(self._answer, [prompt], config, params)
+        loop = asyncio.get_running_loop()
+        (answer,) = await loop.run_in_executor(self._waiting, self._answer, [prompt], config, params)
         return answer
 
     async def astream(
@@ -168,8 +247,14 @@ class Engine(abc.ABC):
     ) -> AsyncIterator[StreamPiece]:
         """:meth:`stream`, without blocking the event loop."""
         pieces = self.stream(prompt, blend=blend, **sampling)
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        loop = asyncio.get_running_loop()
+        while (piece := await loop.run_in_executor(self._waiting, next, pieces, None)) is not None:
             yield piece
+
+    @functools.cached_property
+    def _waiting(self) -> ThreadPoolExecutor:
+        """Threads in which coroutines wait: asyncio's own are few, and others need them too."""
+        return ThreadPoolExecutor(self._at_once, thread_name_prefix="cacheblend")
 
     @abc.abstractmethod
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
@@ -180,12 +265,38 @@ class Engine(abc.ABC):
         """Answer a prompt piece by piece."""
 
     @abc.abstractmethod
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages (``role``, ``content``) as one prompt text, by the model's chat template, ready for its answer.
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Messages as one prompt text, by the model's chat template.
+
+        Args:
+            messages: In OpenAI's format: ``role``, ``content`` (text), and ``tool_calls`` or ``tool_call_id``.
+            tools: In OpenAI's format, for the template to describe.
+            add_generation_prompt: End with the opening of the model's answer.
 
         Raises:
-            ConfigError: the model has no chat template.
+            ConfigError: the model has no chat template, or it refuses the messages.
         """
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model's chat template writes tool calls.
+
+        Raises:
+            ConfigError: it has none that can be read.
+        """
+        from cacheblend_rag.chat.tool_format import find_tool_format
+
+        return find_tool_format(self.render_chat, self.model_name)
+
+    @abc.abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens, special ones included."""
 
     @abc.abstractmethod
     def count_tokens(self, text: str) -> int:

@@ -45,7 +45,8 @@ class Sampler:
                 self._warpers.append(TopPLogitsWarper(params.top_p))
 
     def choose(self, logits: torch.Tensor) -> tuple[int, dict[int, float] | None]:
-        """The next token, and the log-probabilities asked for (of the model's own distribution, before any warping).
+        """The next token, and the log-probabilities asked for: of the model's own distribution, before any warping,
+        over the tokens that a constraint leaves.
 
         Args:
             logits: float32 ``[vocabulary]``.
@@ -59,7 +60,7 @@ class Sampler:
         if self._logprobs is None:
             return token, None
         logprobs = logits.log_softmax(dim=-1)
-        top = logprobs.topk(self._logprobs).indices.tolist()
+        top = [index for index in logprobs.topk(self._logprobs).indices.tolist() if logits[index] > -torch.inf]
         return token, {index: float(logprobs[index]) for index in dict.fromkeys([*top, token])}
 
 
@@ -69,11 +70,13 @@ class TextStream:
     Args:
         tokenizer: Decodes.
         stop: Strings that end the text; they are not part of it, nor is anything after them.
+        skip_special_tokens: Leave special tokens out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)  # holds back half characters
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = DecodeStream(skip_special_tokens=skip_special_tokens)  # holds back half characters
         self._stop = stop
         self._token_ids: list[int] = []
         self._pending = ""
@@ -94,7 +97,7 @@ class TextStream:
         """What was held back, once no more tokens come."""
         if self.stopped:
             return ""
-        decoded = str(self._tokenizer.decode(self._token_ids, skip_special_tokens=True))
+        decoded = str(self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens))
         self._pending += decoded[len(self.text) + len(self._pending) :]
         return self._send(len(self._pending))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -46,11 +49,16 @@ def load_config(name: str, directory: Path) -> PreTrainedConfig:
         raise ConfigError(f"{name!r} is not a transformers model: {first_line(error)}") from error
 
 
-def load_tokenizer(name: str, directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, directory: Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model.
 
+    Args:
+        name: What the user called the model.
+        directory: Where it is.
+        chat_template: In place of the tokenizer's own: the Jinja template, or a file that holds it.
+
     Raises:
-        ConfigError: the directory holds no fast tokenizer.
+        ConfigError: the directory holds no fast tokenizer, or the template can't be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -58,7 +66,18 @@ def load_tokenizer(name: str, directory: Path) -> PreTrainedTokenizerFast:
             raise ValueError("it has no fast tokenizer (tokenizer.json)")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name!r} is not a transformers model: {first_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
+
+
+def _read_template(chat_template: str) -> str:
+    if "{" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template {chat_template!r} is no Jinja template and no file: {error}") from error
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
@@ -73,12 +92,40 @@ def tokenize_chunk(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerFast, name: str, messages: Sequence[Mapping[str, str]]) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+) -> str:
     """See :meth:`Engine.render_chat`, of a model with some name."""
     if not tokenizer.chat_template:
-        raise ConfigError(f"model {name!r} has no chat template: write the prompt as plain text")
-    conversation = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        raise ConfigError(f"model {name!r} has no chat template: give chat_template, or write the prompt as plain text")
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [_for_template(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"the chat template of {name!r} refuses these messages: {first_line(error)}") from error
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates take the arguments of tool calls as dicts, where OpenAI has JSON text."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def first_line(error: Exception) -> str:

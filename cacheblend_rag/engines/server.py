@@ -10,21 +10,28 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, TypeVar
 
+import numpy as np
 import openai
 
+from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
-from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
-from cacheblend_rag.errors import ConfigError, PromptTooLongError, ServerError
+from cacheblend_rag.engines.base import Progress, Prompt, SamplingParams
+from cacheblend_rag.engines.connected import ConnectedEngine
+from cacheblend_rag.errors import ConfigError, PromptTooLongError, ServerError, ServerTimeoutError
+from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
-from cacheblend_rag.vllm.settings import PARAMS_KEY
+from cacheblend_rag.structured import structural_tag
+from cacheblend_rag.vllm.settings import MOST_KEYS, PARAMS_KEY, Action
+
+Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 _AT_ONCE = 32  # requests of one call that are under way at a time
 
 
-class ServerEngine(Engine):
+class ServerEngine(ConnectedEngine):
     """See :class:`~cacheblend_rag.engines.base.Engine`; made by :func:`cacheblend_rag.load_engine`.
 
     Any number of threads and event loops may share it. ``stats.ttft`` of :meth:`generate` is the server's, that of
@@ -60,6 +67,7 @@ class ServerEngine(Engine):
             raise ConfigError(f"engine_args are those of openai.OpenAI: {error}") from error
         self._async_clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cacheblend")
+        self._prefetcher = Prefetcher(self._bring, batch=MOST_KEYS)
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex
         with self._errors():
@@ -89,11 +97,27 @@ class ServerEngine(Engine):
         encoded = [ids for ids in self._pool.map(self._tokenize, chunks) if ids]
         return sum(answer["evicted"] for answer in self._pool.map(lambda ids: self._ask("evict", True, ids), encoded))
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """See :meth:`Engine.render_chat`. The server renders its template."""
-        body = {"model": self.model_name, "messages": [dict(message) for message in messages]}
-        tokens = self._post("tokenize", body)["tokens"]
-        return str(self._post("detokenize", {"model": self.model_name, "tokens": tokens})["prompt"])
+        body: dict[str, Any] = {
+            "model": self.model_name,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        if tools:
+            body["tools"] = [dict(tool) for tool in tools]
+        return self.decode(self._post("tokenize", body)["tokens"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See :meth:`Engine.decode`."""
+        body = {"model": self.model_name, "tokens": [int(token) for token in token_ids]}
+        return str(self._post("detokenize", body)["prompt"])
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""
@@ -101,6 +125,7 @@ class ServerEngine(Engine):
 
     def close(self) -> None:
         """Close the connections; the server goes on."""
+        self._prefetcher.close()
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
         while self._async_clients:
@@ -114,8 +139,8 @@ class ServerEngine(Engine):
         """See :meth:`Engine.agenerate`."""
         config, params = self._settings(blend, sampling)
         request = self._request(prompt, config, params)
-        with self._errors():
-            response = await self._async_client().completions.create(**request)
+        with self._errors(params.timeout):
+            response = await self._with_options(self._async_client(), params).completions.create(**request)
         return await asyncio.to_thread(self._generation, response, params, request)
 
     async def astream(
@@ -125,8 +150,9 @@ class ServerEngine(Engine):
         config, params = self._settings(blend, sampling)
         request = self._request(prompt, config, params, stream=True)
         answer = _Answer(request)
-        with self._errors():
-            async with await self._async_client().completions.create(**request) as stream:
+        client = self._with_options(self._async_client(), params)
+        with self._errors(params.timeout):
+            async with await client.completions.create(**request) as stream:
                 async for chunk in stream:
                     if piece := answer.add(chunk):
                         yield StreamPiece(piece)
@@ -135,7 +161,7 @@ class ServerEngine(Engine):
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
         """The prompts are sent side by side: the server batches them."""
         requests = [self._request(prompt, config, params) for prompt in prompts]
-        responses = self._pool.map(self._complete, requests)
+        responses = self._pool.map(lambda request: self._complete(request, params), requests)
         return [
             self._generation(response, params, request) for response, request in zip(responses, requests, strict=True)
         ]
@@ -143,7 +169,8 @@ class ServerEngine(Engine):
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
         request = self._request(prompt, config, params, stream=True)
         answer = _Answer(request)
-        with self._errors(), self._client.completions.create(**request) as stream:
+        client = self._with_options(self._client, params)
+        with self._errors(params.timeout), client.completions.create(**request) as stream:
             for chunk in stream:
                 if piece := answer.add(chunk):
                     yield StreamPiece(piece)
@@ -181,11 +208,15 @@ class ServerEngine(Engine):
             "extra_body": {
                 "top_k": max(params.top_k, 0),
                 "return_tokens_as_token_ids": True,
+                "skip_special_tokens": params.skip_special_tokens,
                 # No second BOS before that of a rendered chat template.
                 "add_special_tokens": not (self._bos and isinstance(prompt, str) and prompt.startswith(self._bos)),
                 "kv_transfer_params": wire.blend_params(config, f"{self._name}-{next(self._numbers)}"),
             },
         }
+        if params.structured_outputs is not None:
+            tag = structural_tag(params.structured_outputs)
+            request["extra_body"]["structured_outputs"] = {"structural_tag": tag}
         if stream:
             request |= {"stream": True, "stream_options": {"include_usage": True}}
         return request
@@ -200,15 +231,20 @@ class ServerEngine(Engine):
             "extra_body": {"kv_transfer_params": params},
         }
 
-    def _ask(
-        self, action: Literal["warm", "evict", "describe"], value: Any, ids: Sequence[int] = (0,)
-    ) -> dict[str, Any]:
+    def _ask(self, action: Action, value: Any, ids: Sequence[int] = (0,)) -> dict[str, Any]:
         response = self._complete(self._action(action, value, list(ids)))
         return wire.parse_answer(response.kv_transfer_params)
 
-    def _complete(self, request: dict[str, Any]) -> Any:
-        with self._errors():
-            return self._client.completions.create(**request)
+    def _complete(self, request: dict[str, Any], params: SamplingParams | None = None) -> Any:
+        client = self._with_options(self._client, params) if params is not None else self._client
+        with self._errors(params.timeout if params is not None else None):
+            return client.completions.create(**request)
+
+    def _with_options(self, client: Client, params: SamplingParams) -> Client:
+        """A client that shares its connections and takes this request's patience."""
+        options = {"timeout": params.timeout, "max_retries": params.max_retries}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        return client.with_options(**given) if given else client
 
     def _generation(self, response: Any, params: SamplingParams, request: Mapping[str, Any]) -> Generation:
         """The answer in a response that was not streamed."""
@@ -233,6 +269,9 @@ class ServerEngine(Engine):
             stats=stats,
         )
 
+    def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        return [np.asarray(ids, np.int32) for ids in self._pool.map(self._tokenize, chunks)]
+
     def _tokenize(self, text: str) -> list[int]:
         body = {"model": self.model_name, "prompt": text, "add_special_tokens": False}
         tokens: list[int] = self._post("tokenize", body)["tokens"]
@@ -256,14 +295,13 @@ class ServerEngine(Engine):
         return self._async_clients[loop]
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """What the client library raises, as errors of ours."""
+    def _errors(self, timeout: float | None = None) -> Iterator[None]:
+        """What the client library raises, as errors of ours; ``timeout`` is the request's own."""
         try:
             yield
         except openai.APITimeoutError as error:
-            raise ServerError(
-                f"the server at {self._base_url} did not answer within {self._client.timeout} s"
-            ) from error
+            seconds = self._client.timeout if timeout is None else timeout
+            raise ServerTimeoutError(f"the server at {self._base_url} did not answer within {seconds} s") from error
         except openai.APIConnectionError as error:
             raise ServerError(f"the server at {self._base_url} can't be reached: {error.__cause__ or error}") from error
         except openai.AuthenticationError as error:

@@ -16,14 +16,17 @@ from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.decoding import Sampler, TextStream
+from cacheblend_rag.engines.grammar import GrammarCompiler, GrammarMatcher
 from cacheblend_rag.engines.model_files import render_chat, tokenize_chunk, tokenize_prompt
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import PromptReader
-from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
 from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.store import ChunkStore
+from cacheblend_rag.structured import structural_tag
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class TransformersEngine(Engine):
             be read) and ``blend_fault`` (an exception in the blend; the prompt was prefilled).
     """
 
+    _at_once = 8  # each holds the KV of its prompt
+
     def __init__(
         self,
         model: str,
@@ -50,12 +55,15 @@ class TransformersEngine(Engine):
         device: str,
         primer: str | None,
         namespace: str,
+        chat_template: str | None,
         engine_args: Mapping[str, Any],
     ) -> None:
         self.model_name = model
         self.blend = blend
         self._lock = threading.Lock()
-        self._loaded: LoadedModel = load_model(model, dtype=dtype, device=device, model_args=dict(engine_args))
+        self._loaded: LoadedModel = load_model(
+            model, dtype=dtype, device=device, chat_template=chat_template, model_args=dict(engine_args)
+        )
         self.context_window = self._loaded.context_window
         self.num_layers = self._loaded.kv_shape[0]
         self._check_layers(blend)
@@ -65,11 +73,13 @@ class TransformersEngine(Engine):
             raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
         self.scope = ChunkScope(namespace, self._loaded.fingerprint, tuple(primer_ids.tolist()))
         self.library = ChunkLibrary(store, self.scope)
+        self._prefetcher = Prefetcher(self._bring, batch=1)
         self._reader = PromptReader(self._loaded, self.library)
         self.counts: Counter[str] = self._reader.counts
         generation_config = self._loaded.model.generation_config
         eos = generation_config.eos_token_id if generation_config else None
         self._eos = {*(eos if isinstance(eos, list) else [eos]), self._loaded.tokenizer.eos_token_id}
+        self._grammars: GrammarCompiler | None = None  # made for the first constrained answer
         logger.info(
             "model %s (%s on %s), policy %s, recompute_ratio %s, store %s",
             model,
@@ -83,7 +93,7 @@ class TransformersEngine(Engine):
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. A text without tokens has nothing to store and counts as already there."""
         started = time.perf_counter()
-        encoded = [tokenize_chunk(self._loaded.tokenizer, text) for text in chunks]
+        encoded = self._encode_chunks(chunks)
         self._check_chunks(encoded, self._chunk_room)
         stored = tokens = size = 0
         for done, ids in enumerate(encoded, start=1):
@@ -99,11 +109,25 @@ class TransformersEngine(Engine):
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
-        return sum(self.library.evict(tokenize_chunk(self._loaded.tokenizer, text)) for text in chunks)
+        return sum(map(self.library.evict, self._encode_chunks(chunks)))
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def evict_keys(self, keys: Sequence[str]) -> int:
+        """See :meth:`Engine.evict_keys`."""
+        return sum(map(self.library.evict_key, keys))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """See :meth:`Engine.render_chat`."""
-        return render_chat(self._loaded.tokenizer, self.model_name, messages)
+        return render_chat(self._loaded.tokenizer, self.model_name, messages, tools, add_generation_prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See :meth:`Engine.decode`."""
+        return str(self._loaded.tokenizer.decode(list(token_ids)))
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""
@@ -111,10 +135,24 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
+        self._prefetcher.close()
         self.library.store.close()
         # What holds the weights and the primer's KV.
         self.__dict__.pop("_loaded", None)
         self.__dict__.pop("_reader", None)
+
+    def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        return [tokenize_chunk(self._loaded.tokenizer, text) for text in chunks]
+
+    def _held(self, keys: Sequence[str]) -> set[str]:
+        return set(filter(self.library.holds, keys))
+
+    def _keys_since(self, cursor: int) -> tuple[int, list[str]]:
+        return self.library.keys_since(cursor)
+
+    def _bring(self, chunks: list[str]) -> None:
+        for key in self.chunk_keys(chunks):
+            self.library.store.prefetch(key)
 
     def _prompt_ids(self, prompt: Prompt) -> TokenIds:
         if isinstance(prompt, str):
@@ -124,6 +162,15 @@ class TransformersEngine(Engine):
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
             raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}")
         return ids
+
+    def _matcher(self, params: SamplingParams) -> GrammarMatcher | None:
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            vocabulary = self._loaded.model.config.vocab_size
+            stop_ids = {token for token in self._eos if token is not None}
+            self._grammars = GrammarCompiler(self._loaded.tokenizer, vocabulary, stop_ids)
+        return self._grammars.matcher(structural_tag(params.structured_outputs))
 
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
         """The prompts are answered one after the other: only one holds KV."""
@@ -140,20 +187,25 @@ class TransformersEngine(Engine):
         self._check_length(len(ids), params.max_tokens)
         total = len(ids) + params.max_tokens
         tokenized = time.perf_counter()
+        matcher = self._matcher(params)
         with self._lock:
             prompt_read = self._reader.read_prompt(ids, total, config)
         stats = prompt_read.stats
         stats.match += tokenized - started
         self.counts[stats.decision] += 1
         sampler = Sampler(params, self._loaded.model.device)
-        text = TextStream(self._loaded.tokenizer, params.stop)
+        text = TextStream(self._loaded.tokenizer, params.stop, params.skip_special_tokens)
         token_ids: list[int] = []
         logprobs: list[dict[int, float]] = []
         finish_reason: FinishReason | None = None
         ready = time.perf_counter()
         logits = prompt_read.logits
         while True:
-            token, token_logprobs = sampler.choose(logits)
+            if params.timeout is not None and time.perf_counter() - started > params.timeout:
+                raise AnswerTimeoutError(f"the answer took more than the timeout of {params.timeout} s")
+            token, token_logprobs = sampler.choose(logits if matcher is None else matcher.constrain(logits))
+            if matcher is not None:
+                matcher.accept(token)
             if not token_ids:
                 now = time.perf_counter()
                 stats.first_token = now - ready

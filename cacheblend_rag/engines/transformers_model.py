@@ -56,13 +56,16 @@ class LoadedModel:
         return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
 
 
-def load_model(name: str, *, dtype: str, device: str, model_args: dict[str, Any]) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: str, device: str, chat_template: str | None, model_args: dict[str, Any]
+) -> LoadedModel:
     """Load a causal LM from a directory or a hub id.
 
     Args:
         name: Directory or hub id.
         dtype: ``"auto"`` (the checkpoint's; float32 on a CPU without bfloat16 arithmetic) or a torch dtype's name.
         device: ``"auto"`` (the GPU if there is one) or a torch device.
+        chat_template: In place of the tokenizer's own: the Jinja template, or a file that holds it.
         model_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -71,7 +74,7 @@ def load_model(name: str, *, dtype: str, device: str, model_args: dict[str, Any]
     """
     directory = resolve_model(name)
     config = load_config(name, directory)
-    tokenizer = load_tokenizer(name, directory)
+    tokenizer = load_tokenizer(name, directory, chat_template)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **model_args)

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
-from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
+from cacheblend_rag.engines.base import Progress, Prompt, SamplingParams
+from cacheblend_rag.engines.connected import ConnectedEngine
 from cacheblend_rag.engines.model_files import (
     first_line,
     load_tokenizer,
@@ -23,18 +25,20 @@ from cacheblend_rag.engines.model_files import (
 )
 from cacheblend_rag.engines.vllm_thread import EngineThread, Request
 from cacheblend_rag.errors import CacheBlendError, ConfigError
+from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.store import ChunkStore, DiskStore, MemoryStore, TieredStore
+from cacheblend_rag.structured import structural_tag
 from cacheblend_rag.vllm.compat import check_version
 from cacheblend_rag.vllm.plugin import CONNECTOR_CONFIG, register
-from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings
+from cacheblend_rag.vllm.settings import MOST_KEYS, PARAMS_KEY, Action, ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
 
 _WARM_AT_ONCE = 256  # warm requests that wait in vLLM at a time
 
 
-class VllmEngine(Engine):
+class VllmEngine(ConnectedEngine):
     """See :class:`~cacheblend_rag.engines.base.Engine`; made by :func:`cacheblend_rag.load_engine`.
 
     Threads may share it: their requests join the same batches.
@@ -43,6 +47,8 @@ class VllmEngine(Engine):
         counts: How often each decision was taken, and the faults survived: ``chunk_fault`` (a matched chunk could not
             be read).
     """
+
+    _at_once = 256  # vLLM's own max_num_seqs
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class VllmEngine(Engine):
         device: str,
         primer: str | None,
         namespace: str,
+        chat_template: str | None,
         engine_args: Mapping[str, Any],
     ) -> None:
         check_version()
@@ -63,7 +70,7 @@ class VllmEngine(Engine):
         self.counts: Counter[str] = Counter()
         tokenizer = engine_args.get("tokenizer") or model
         revision = engine_args.get("tokenizer_revision") or engine_args.get("revision")
-        self._tokenizer = load_tokenizer(tokenizer, resolve_model(tokenizer, revision))
+        self._tokenizer = load_tokenizer(tokenizer, resolve_model(tokenizer, revision), chat_template)
         arguments = dict(engine_args)
         settings = ConnectorSettings.parse(
             {
@@ -73,6 +80,7 @@ class VllmEngine(Engine):
                 "on_unsupported": arguments.pop("on_unsupported", "refuse"),
             }
         )
+        self._prefetcher = Prefetcher(self._bring, batch=MOST_KEYS)
         self._thread = EngineThread(lambda: _make_engine(model, dtype, device, settings, arguments))
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex
@@ -80,7 +88,7 @@ class VllmEngine(Engine):
         self.context_window = config.max_model_len
         self._vocabulary: int = config.get_vocab_size()
         try:
-            (description,) = self._ask_all("describe", [[0]])
+            description = self._ask("describe", True)
             self.num_layers = description["num_layers"]
             self.scope = wire.parse_scope(description)
             self._check_layers(blend)
@@ -90,7 +98,7 @@ class VllmEngine(Engine):
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. Chunks are prefilled in vLLM's own batches."""
-        encoded = [tokenize_chunk(self._tokenizer, text).tolist() for text in chunks]
+        encoded = [ids.tolist() for ids in self._encode_chunks(chunks)]
         self._check_chunks(encoded, self.context_window - len(self.scope.primer_ids) - 1)
 
         def ask(new: list[list[int]]) -> Iterator[dict[str, Any]]:
@@ -101,12 +109,22 @@ class VllmEngine(Engine):
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
-        encoded = [tokenize_chunk(self._tokenizer, text).tolist() for text in chunks]
-        return sum(answer["evicted"] for answer in self._ask_all("evict", [ids for ids in encoded if ids]))
+        encoded = [ids.tolist() for ids in self._encode_chunks(chunks) if len(ids)]
+        return sum(answer["evicted"] for answer in self._ask_all("evict", encoded))
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """See :meth:`Engine.render_chat`."""
-        return render_chat(self._tokenizer, self.model_name, messages)
+        return render_chat(self._tokenizer, self.model_name, messages, tools, add_generation_prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See :meth:`Engine.decode`."""
+        return str(self._tokenizer.decode(list(token_ids)))
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""
@@ -114,6 +132,7 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
+        self._prefetcher.close()
         self._thread.close()
 
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
@@ -149,6 +168,7 @@ class VllmEngine(Engine):
         started = time.perf_counter() - seconds
         request_id = self._new_id()
         request = self._send(request_id, ids, params, wire.blend_params(config, request_id))
+        request.timeout = params.timeout
         return _Sent(request, request_id, len(ids), params, started, seconds)
 
     def _collect(self, sent: _Sent) -> Iterator[StreamPiece]:
@@ -197,9 +217,7 @@ class VllmEngine(Engine):
             raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {self._vocabulary}")
         return [int(token) for token in prompt]
 
-    def _ask_all(
-        self, action: Literal["describe", "warm", "evict"], prompts: Sequence[list[int]]
-    ) -> Iterator[dict[str, Any]]:
+    def _ask_all(self, action: Literal["warm", "evict"], prompts: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
         """Ask the connector to do something with each prompt."""
         sent = [self._send_action(action, True, ids) for ids in prompts]
         try:
@@ -207,6 +225,12 @@ class VllmEngine(Engine):
         finally:
             for request in sent:
                 request.close()
+
+    def _ask(self, action: Action, value: Any, ids: Sequence[int] = (0,)) -> dict[str, Any]:
+        return wire.parse_answer(self._told(self._send_action(action, value, list(ids))))
+
+    def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        return [tokenize_chunk(self._tokenizer, text) for text in chunks]
 
     def _send_action(self, action: str, value: Any, ids: list[int]) -> Request:
         return self._send(self._new_id(), ids, SamplingParams(max_tokens=1), wire.action_params(action, value))
@@ -219,8 +243,9 @@ class VllmEngine(Engine):
 
     def _send(self, request_id: str, ids: list[int], params: SamplingParams, extra: dict[str, Any]) -> Request:
         from vllm import SamplingParams as VllmSamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        structured = params.structured_outputs
         return self._thread.send(
             request_id,
             ids,
@@ -232,6 +257,8 @@ class VllmEngine(Engine):
                 seed=params.seed,
                 stop=list(params.stop),
                 logprobs=params.logprobs,
+                skip_special_tokens=params.skip_special_tokens,
+                structured_outputs=structured and StructuredOutputsParams(structural_tag=structural_tag(structured)),
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={"kv_transfer_params": extra},
             ),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.errors import AnswerTimeoutError, CacheBlendError
 from cacheblend_rag.vllm.compat import wake
 
 
@@ -31,9 +31,15 @@ class Output:
 
 
 class Request:
-    """A request on its way: iterating yields its outputs as they come, the last one finished."""
+    """A request on its way: iterating yields its outputs as they come, the last one finished.
+
+    Attributes:
+        timeout: Seconds it may take; None: no end.
+    """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.timeout: float | None = None
+        self._started = time.perf_counter()
         self._request_id = request_id
         self._abort = abort
         self._arrived: queue.SimpleQueue[Output | BaseException] = queue.SimpleQueue()
@@ -45,12 +51,20 @@ class Request:
 
     def __iter__(self) -> Iterator[Output]:
         while not self._ended:
-            output = self._arrived.get()
+            output = self._next()
             if isinstance(output, BaseException):
                 self._ended = True
                 raise output
             self._ended = output.value.finished
             yield output
+
+    def _next(self) -> Output | BaseException:
+        if self.timeout is None:
+            return self._arrived.get()
+        try:
+            return self._arrived.get(timeout=max(self._started + self.timeout - time.perf_counter(), 0))
+        except queue.Empty:
+            raise AnswerTimeoutError(f"the answer took more than the timeout of {self.timeout} s") from None
 
     def close(self) -> None:
         """Abort the request, unless it has ended."""

@@ -23,7 +23,7 @@ def blend_params(config: BlendConfig, request_id: str) -> dict[str, Any]:
 
 
 def action_params(action: str, value: Any = True) -> dict[str, Any]:
-    """``kv_transfer_params`` of a request to ``warm``, ``evict``, ``describe`` or ``report``."""
+    """``kv_transfer_params`` of a request for anything but generation, see :class:`RequestParams`."""
     return {PARAMS_KEY: {action: value}}
 
 

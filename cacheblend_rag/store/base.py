@@ -76,5 +76,14 @@ class ChunkStore(Protocol):
     def added_since(self, scope_digest: str, cursor: int) -> tuple[int, list[IndexedChunk]]:
         """Chunks of a scope stored after ``cursor`` (0: all), by any process, and the cursor to ask with next time."""
 
+    def keys_since(self, scope_digest: str, cursor: int, limit: int) -> tuple[int, list[str]]:
+        """Keys of a scope stored after ``cursor`` (0: all), at most ``limit``, and the cursor to go on with.
+
+        None are left when the list is empty. A chunk that was stored anew meanwhile may come twice.
+        """
+
+    def prefetch(self, key: str) -> None:
+        """Bring a chunk to the fastest tier, where there are several. One that is there, or isn't stored, is left."""
+
     def close(self) -> None:
         """Release files and connections; closing twice does nothing."""

@@ -98,6 +98,9 @@ class DiskStore:
     def __repr__(self) -> str:
         return f"DiskStore({str(self.directory)!r})"
 
+    def __reduce__(self) -> tuple[type[DiskStore], tuple[Path, int | None]]:
+        return DiskStore, (self.directory, self.max_bytes)  # pickled as where it is: another process opens it again
+
     def put(self, chunk: ChunkKV) -> int:
         """See :meth:`ChunkStore.put`.
 
@@ -197,6 +200,13 @@ class DiskStore:
     def added_since(self, scope_digest: str, cursor: int) -> tuple[int, list[IndexedChunk]]:
         """See :meth:`ChunkStore.added_since`. A chunk may be reported again after it was stored anew, or a rebuild."""
         return self._manifest.added_since(scope_digest, cursor)
+
+    def keys_since(self, scope_digest: str, cursor: int, limit: int) -> tuple[int, list[str]]:
+        """See :meth:`ChunkStore.keys_since`."""
+        return self._manifest.keys_since(scope_digest, cursor, limit)
+
+    def prefetch(self, key: str) -> None:
+        """See :meth:`ChunkStore.prefetch`: there is one tier."""
 
     def verify(self, *, repair: bool = False) -> Iterator[ChunkCheck]:
         """Read every chunk file and compare all with the manifest; yields one finding a chunk.

@@ -213,6 +213,16 @@ class Manifest:
         rows = self._run(read)
         return (rows[-1][0] if rows else cursor), [chunk for _, chunk in rows]
 
+    def keys_since(self, scope_digest: str, cursor: int, limit: int) -> tuple[int, list[str]]:
+        """See :meth:`ChunkStore.keys_since`."""
+        rows = self._run(
+            lambda db: db.execute(
+                "SELECT seq, key FROM chunks WHERE scope = ? AND seq > ? ORDER BY seq LIMIT ?",
+                (scope_digest, cursor, limit),
+            ).fetchall()
+        )
+        return (rows[-1][0] if rows else cursor), [key for _, key in rows]
+
     def close(self) -> None:
         """Close the connection; closing twice does nothing."""
         with self._mutex:

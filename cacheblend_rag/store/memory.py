@@ -106,6 +106,16 @@ class MemoryStore:
         added.sort(key=lambda entry: entry.seq)
         return now, [IndexedChunk(e.chunk.key, sample_anchors(e.chunk.ids)) for e in added]
 
+    def keys_since(self, scope_digest: str, cursor: int, limit: int) -> tuple[int, list[str]]:
+        """See :meth:`ChunkStore.keys_since`."""
+        with self._mutex:
+            later = [e for e in self._entries.values() if e.seq > cursor and e.scope_digest == scope_digest]
+        page = sorted(later, key=lambda entry: entry.seq)[:limit]
+        return (page[-1].seq if page else cursor), [entry.chunk.key for entry in page]
+
+    def prefetch(self, key: str) -> None:
+        """See :meth:`ChunkStore.prefetch`: there is one tier."""
+
     def close(self) -> None:
         """Forget everything."""
         with self._mutex:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cacheblend_rag.chunks import ChunkKV, TokenIds
 from cacheblend_rag.store.base import ChunkInfo, IndexedChunk
@@ -24,6 +24,9 @@ class TieredStore:
 
     def __repr__(self) -> str:
         return f"TieredStore({self.memory!r}, {self.disk!r})"
+
+    def __reduce__(self) -> tuple[Callable[[int, DiskStore], TieredStore], tuple[int, DiskStore]]:
+        return _tiered, (self.memory.max_bytes, self.disk)  # what is in memory stays there
 
     @property
     def faults(self) -> int:
@@ -68,7 +71,20 @@ class TieredStore:
         """See :meth:`ChunkStore.added_since`."""
         return self.disk.added_since(scope_digest, cursor)
 
+    def keys_since(self, scope_digest: str, cursor: int, limit: int) -> tuple[int, list[str]]:
+        """See :meth:`ChunkStore.keys_since`."""
+        return self.disk.keys_since(scope_digest, cursor, limit)
+
+    def prefetch(self, key: str) -> None:
+        """See :meth:`ChunkStore.prefetch`: from disk to memory."""
+        if key not in self.memory:
+            self.get(key)
+
     def close(self) -> None:
         """See :meth:`ChunkStore.close`."""
         self.memory.close()
         self.disk.close()
+
+
+def _tiered(memory_bytes: int, disk: DiskStore) -> TieredStore:
+    return TieredStore(MemoryStore(memory_bytes), disk)

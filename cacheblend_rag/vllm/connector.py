@@ -170,6 +170,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See the base class."""
         jobs = self._connector_metadata
+        if self._worker is not None and isinstance(jobs, StepJobs) and jobs.prefetches:
+            self._guard("start_load_kv", None, self._worker.prefetch, jobs.prefetches)
         if not isinstance(jobs, StepJobs) or not jobs.blends + jobs.prefills:
             return
         assert self._worker is not None  # or the scheduler half would have promised nothing

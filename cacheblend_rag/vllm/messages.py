@@ -69,12 +69,14 @@ class StepJobs(KVConnectorMetadata):
         blends: Prompts to blend.
         saves: Chunks to store.
         prefills: Prompts that were promised, and could not be planned after all: to be prefilled plainly.
+        prefetches: Keys of chunks to bring from disk to memory.
     """
 
     scope: ChunkScope
     blends: list[BlendJob] = dataclasses.field(default_factory=list)
     saves: list[SaveJob] = dataclasses.field(default_factory=list)
     prefills: list[BlendJob] = dataclasses.field(default_factory=list)
+    prefetches: list[str] = dataclasses.field(default_factory=list)
 
 
 class WorkerReports(KVConnectorWorkerMetadata):

@@ -22,7 +22,7 @@ import numpy as np
 import cacheblend_rag
 from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.decision import decide
-from cacheblend_rag.errors import ChunkTooLongError, ConfigError
+from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
@@ -151,7 +151,12 @@ class SchedulerHalf:
             }
             _replace_prompt(request, plan.ids[:1])
         else:
-            self._answer(plan)
+            try:
+                self._answer(plan)
+            except StoreError as error:
+                self.metrics.count("errors")
+                plan.answer = {"error": str(error), "kind": StoreError.__name__}
+                _replace_prompt(request, plan.ids[:1])
         plan.stats.match = time.perf_counter() - started
 
     def matched_tokens(self, request: Any, hit: int) -> int | None:
@@ -317,6 +322,8 @@ class SchedulerHalf:
         elif action == "report":
             known = self._finished.get(plan.params.request_id or "")
             plan.answer = known or {"error": f"no request {plan.params.request_id!r} has finished here lately"}
+        elif action in ("lookup", "list_keys", "evict_keys", "prefetch"):
+            plan.answer = self._answer_by_key(plan.params)
         elif action == "evict":
             plan.answer = {"evicted": int(self._library.evict(chunk))}
         elif self._library.is_warm(chunk) or not len(chunk):
@@ -331,6 +338,18 @@ class SchedulerHalf:
             prompt = np.concatenate([self._primer_ids, chunk])
         plan.ids = prompt
         _replace_prompt(plan.request, prompt)
+
+    def _answer_by_key(self, params: RequestParams) -> dict[str, Any]:
+        if params.action == "list_keys":
+            cursor, some = self._library.keys_since(params.cursor)
+            return {"keys": some, "cursor": cursor}
+        if params.action == "evict_keys":
+            return {"evicted": sum(map(self._library.evict_key, params.keys))}
+        held = list(filter(self._library.holds, params.keys))
+        if params.action == "lookup":
+            return {"held": held}
+        self._jobs.prefetches.extend(held)
+        return {"prefetched": len(held)}
 
     @property
     def _chunk_room(self) -> int:

@@ -12,10 +12,13 @@ from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.validation import is_whole
 
 OnUnsupported = Literal["refuse", "prefill"]
-Action = Literal["generate", "warm", "evict", "describe", "report"]
+Action = Literal["generate", "warm", "evict", "describe", "report", "lookup", "list_keys", "evict_keys", "prefetch"]
 
 PARAMS_KEY = "cacheblend"
 """Key of a request's ``kv_transfer_params`` under which overrides go in and stats come out."""
+
+MOST_KEYS = 256
+"""Most chunks that one request may name by their keys: looking them up takes the scheduler some milliseconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +87,21 @@ class RequestParams:
     Attributes:
         action: ``"generate"`` unless one of these is given: ``warm: true`` (the prompt is a chunk: prefill it behind
             the primer and store its KV), ``evict: true`` (the prompt is a chunk: forget it), ``describe: true`` (tell
-            model, primer and settings), ``report: ID`` (tell the stats of an earlier request).
+            model, primer and settings), ``report: ID`` (tell the stats of an earlier request). Chunks by their keys:
+            ``lookup: [KEY, ...]`` (which are stored), ``list_keys: CURSOR`` (all of the scope, see
+            :meth:`ChunkStore.keys_since`), ``evict_keys: [KEY, ...]`` (forget them), ``prefetch: [KEY, ...]`` (bring
+            them from disk to memory).
         blend: The request's settings.
         request_id: ``id``, a name by which ``report`` finds this request's stats; for ``report`` the one to tell.
+        keys: Of ``lookup``, ``evict_keys`` and ``prefetch``; at most :data:`MOST_KEYS`.
+        cursor: Of ``list_keys``.
     """
 
     action: Action = "generate"
     blend: BlendConfig = dataclasses.field(default_factory=BlendConfig)
     request_id: str | None = None
+    keys: tuple[str, ...] = ()
+    cursor: int = 0
 
     @classmethod
     def parse(cls, params: object, defaults: BlendConfig, num_layers: int) -> RequestParams:
@@ -122,6 +132,16 @@ class RequestParams:
         if "report" in settings:
             asked.append("report")
             request_id = settings.pop("report")
+        keys: tuple[str, ...] = ()
+        for by_key in ("lookup", "evict_keys", "prefetch"):
+            if by_key in settings:
+                asked.append(by_key)
+                keys = _parse_keys(by_key, settings.pop(by_key))
+        cursor = settings.pop("list_keys", None)
+        if cursor is not None:
+            asked.append("list_keys")
+            if not is_whole(cursor) or cursor < 0:
+                raise ConfigError(f"list_keys must be a cursor, a whole number from 0, not {cursor!r}")
         if len(asked) > 1:
             raise ConfigError(f"ask for one thing at a time, not for {' and '.join(asked)}")
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
@@ -132,4 +152,12 @@ class RequestParams:
             raise ConfigError(f"bad blend settings {settings!r}: {error}") from error
         if blend.check_layers[-1] >= num_layers:
             raise ConfigError(f"check_layers {blend.check_layers} must be below {num_layers}, the layers of this model")
-        return cls(asked[0] if asked else "generate", blend, request_id)
+        return cls(asked[0] if asked else "generate", blend, request_id, keys, cursor or 0)
+
+
+def _parse_keys(action: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{action} must be a list of chunk keys, not {value!r}")
+    if len(value) > MOST_KEYS:
+        raise ConfigError(f"{action} takes at most {MOST_KEYS} chunk keys, not {len(value)}: ask several times")
+    return tuple(value)

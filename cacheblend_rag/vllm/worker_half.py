@@ -19,6 +19,7 @@ from cacheblend_rag.decision import decide
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
+from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store import ChunkStore
 from cacheblend_rag.vllm.forward import PagedForward
@@ -102,6 +103,11 @@ class WorkerHalf:
         self._choices = _Choices()
         self._library: ChunkLibrary | None = None
         self._logged: set[str] = set()
+        self._prefetcher = Prefetcher(self._bring, batch=1)
+
+    def prefetch(self, keys: Sequence[str]) -> None:
+        """Begin to bring chunks from disk to memory; the step does not wait for it."""
+        self._prefetcher.add(keys)
 
     @torch.inference_mode()
     def run_blends(self, jobs: StepJobs) -> bool:
@@ -149,7 +155,12 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Close the store."""
+        self._prefetcher.close()
         self._store.close()
+
+    def _bring(self, keys: list[str]) -> None:
+        for key in keys:
+            self._store.prefetch(key)
 
     def _blend(self, job: BlendJob, scope: ChunkScope) -> BlendStats:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)

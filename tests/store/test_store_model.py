@@ -90,6 +90,17 @@ class MemoryMachine(RuleBasedStateMachine):
         assert [chunk.key for chunk in added] == [CHUNKS[n].key for n in self.added if n in self.order]
         self.added = {}
 
+    @rule(limit=st.integers(1, 3))
+    def list_keys(self, limit: int) -> None:
+        digest, found = CHUNKS[0].scope.digest, []
+        cursor, page = self.store.keys_since(digest, 0, limit)
+        while page:
+            assert len(page) <= limit
+            found += page
+            cursor, page = self.store.keys_since(digest, cursor, limit)
+        assert sorted(found) == sorted(CHUNKS[n].key for n in self.order)
+        assert self.store.keys_since("another", 0, limit) == (0, [])
+
     @precondition(lambda self: self.durable)
     @rule()
     def reopen(self) -> None:

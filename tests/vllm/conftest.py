@@ -86,6 +86,7 @@ def open_engine(model: str, store: Path | None = None, **changes: Any) -> VllmEn
         "device": "auto",
         "primer": PRIMER,
         "namespace": "test",
+        "chat_template": None,
         **changes,
     }
     engine = VllmEngine(model, store=None if store is None else str(store), engine_args=engine_args, **settings)

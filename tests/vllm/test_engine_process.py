@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from .conftest import CHUNKS, WIDE
+import pytest
+
+from .conftest import CHUNKS, WIDE, Engines
 
 # A long prompt is read in many steps without an output. What is asked meanwhile must not wait for its first token.
 ENGINE = """
@@ -59,9 +62,9 @@ if __name__ == "__main__":
 """
 
 
-def run(tmp_path: Path, code: str, *arguments: str) -> str:
+def run(folder: Path, code: str, *arguments: str) -> str:
     """Run a script in a process of its own; its output."""
-    script = tmp_path / "script.py"
+    script = folder / "script.py"
     script.write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     done = subprocess.run(
@@ -69,19 +72,34 @@ def run(tmp_path: Path, code: str, *arguments: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     return done.stdout
 
 
-def test_a_request_does_not_wait_for_the_first_token_of_another(make_model: Callable[..., str], tmp_path: Path) -> None:
-    assert "ENDED short long" in run(tmp_path, ENGINE, make_model("qwen2", **WIDE))
+@pytest.fixture(scope="module")
+def outputs(
+    make_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory, engines: Engines
+) -> Iterator[dict[str, Future[str]]]:
+    """Of both scripts, which run side by side: mostly they wait for imports."""
+    engines.close()
+    folders = [tmp_path_factory.mktemp(name) for name in ("engine", "by_hand")]
+    by_hand = (make_model("qwen3", **WIDE), str(folders[1] / "store"), CHUNKS[0])
+    with ThreadPoolExecutor() as pool:
+        yield {
+            "engine": pool.submit(run, folders[0], ENGINE, make_model("qwen2", **WIDE)),
+            "by hand": pool.submit(run, folders[1], BY_HAND, *by_hand),
+        }
 
 
-def test_by_hand(make_model: Callable[..., str], tmp_path: Path) -> None:
-    output = run(tmp_path, BY_HAND, make_model("qwen3", **WIDE), str(tmp_path / "store"), CHUNKS[0])
+def test_a_request_does_not_wait_for_the_first_token_of_another(outputs: dict[str, Future[str]]) -> None:
+    assert "ENDED short long" in outputs["engine"].result()
+
+
+def test_by_hand(outputs: dict[str, Future[str]]) -> None:
+    output = outputs["by hand"].result()
     line = next(line for line in output.splitlines() if line.startswith("TOLD"))
     (_, warmed), (plain, off), (exact, _), (_, blended) = json.loads(line.removeprefix("TOLD"))
     assert (warmed["stored"], off["decision"], blended["decision"], blended["segments"]) == (1, "prefill", "blend", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cacheblend_rag import StoreError
 from cacheblend_rag.vllm.forward import PagedForward
 
 from .conftest import (
@@ -239,3 +241,75 @@ def test_warming_while_queries_are_served(case: Case) -> None:
     assert report[0].stored == len(new)
     assert engine.warm(new).already_there == len(new)
     assert engine.evict(new) == len(new)
+
+
+def test_chunks_by_their_keys(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked in batches, listed in pages."""
+    engine = case.engine
+    monkeypatch.setattr("cacheblend_rag.engines.connected.MOST_KEYS", 4)
+    monkeypatch.setattr("cacheblend_rag.library._KEYS_AT_ONCE", 4)
+    cold = "never seen before by anybody"
+    assert engine.is_warm([cold, *CHUNKS, ""]) == [False, *[True] * (len(CHUNKS) + 1)]
+    keys = engine.chunk_keys(CHUNKS)
+    assert engine.stored_keys() == set(keys)
+    foreign = [key[::-1] for key in keys]
+    assert engine.evict_keys([*foreign, *keys[4:], "no key"]) == 2
+    assert engine.is_warm(CHUNKS) == [True] * 4 + [False] * 2
+    assert engine.stored_keys() == set(keys[:4])
+
+
+def test_a_store_that_fails_is_the_callers_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(key: str) -> bool:
+        raise StoreError("the disk is read-only")
+
+    engine = case.engine
+    with monkeypatch.context() as patch:
+        patch.setattr(connectors(engine)[0]._scheduler._library.store, "delete", fail)
+        for evict in (lambda: engine.evict(CHUNKS[:1]), lambda: engine.evict_keys(engine.chunk_keys(CHUNKS[:1]))):
+            with pytest.raises(StoreError, match="read-only"):
+                evict()
+    assert engine.is_warm(CHUNKS[:1]) == [True]
+
+
+def test_prefetching_delays_no_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = case.engine
+    keys = engine.chunk_keys(CHUNKS)
+    store = connectors(engine)[1]._worker._store
+    store.memory.close()  # as after a restart
+    expected = alone(case, [case.prompt(0)], max_tokens=4, logprobs=3)
+    store.memory.close()
+    go, read = threading.Event(), store.disk.get
+
+    def slow(key: str) -> Any:
+        go.wait(timeout=120)
+        return read(key)
+
+    monkeypatch.setattr(store.disk, "get", slow)
+    engine.prefetch([*CHUNKS, "never seen before by anybody"])
+    assert engine.generate("Once upon a time", max_tokens=4).token_ids  # while the disk does not answer
+    assert not any(key in store.memory for key in keys)
+    go.set()
+    deadline = time.monotonic() + 60
+    while not all(key in store.memory for key in keys):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    monkeypatch.setattr(store.disk, "get", None)  # what is in memory is not read again
+    engine.prefetch(CHUNKS)
+    assert_alike([engine.generate(case.prompt(0), max_tokens=4, logprobs=3)], expected)
+
+
+def test_prefetching_ends_with_the_engine(case: Case, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = connectors(case.engine)[1]._worker._store
+    store.memory.close()
+    reading, read = threading.Event(), store.disk.get
+
+    def slow(key: str) -> Any:
+        reading.set()
+        time.sleep(0.2)
+        return read(key)
+
+    monkeypatch.setattr(store.disk, "get", slow)
+    case.engine.prefetch(CHUNKS)
+    assert reading.wait(timeout=20)
+    engines.close()
+    assert not any(thread.name == "cacheblend-prefetch" for thread in threading.enumerate())

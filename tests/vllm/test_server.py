@@ -4,12 +4,14 @@ them."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +51,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory, engines: Engines) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, smollm2: str) -> Iterator[str]:
-    """``cacheblend serve``: base URL."""
+def replicas(folder: Path, smollm2: str) -> Iterator[tuple[str, str]]:
+    """Base URLs of ``served`` and ``bare``. They start side by side: mostly they wait for imports."""
     (folder / "primer.txt").write_text(PRIMER)
     (folder / "template.jinja").write_text(TEMPLATE)
     options = ["--store", str(folder / "store"), "--namespace", "test", "--primer", str(folder / "primer.txt")]
     options += ["--mode", "blend", "--served-model-name", "smol", "--max-model-len", "4096"]
     options += ["--max-num-batched-tokens", "512", "--chat-template", str(folder / "template.jinja")]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    with serving([*SERVE, smollm2, *options], folder / "serve.log") as url:
-        yield url
+    extra = {"store": str(folder / "store"), "namespace": "test", "primer": PRIMER, "blend": {"mode": "blend"}}
+    bare_options = [*transfer_config(**extra), "--served-model-name", "smol", "--max-model-len", "4096"]
+    servers = [
+        serving([*SERVE, smollm2, *options], folder / "serve.log"),
+        serving([*BARE, smollm2, *bare_options], folder / "bare.log"),
+    ]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        served, bare = pool.map(stack.enter_context, servers)
+        yield served, bare
 
 
 @pytest.fixture(scope="module")
-def bare(folder: Path, smollm2: str, served: str) -> Iterator[str]:
+def served(replicas: tuple[str, str]) -> str:
+    """``cacheblend serve``: base URL."""
+    return replicas[0]
+
+
+@pytest.fixture(scope="module")
+def bare(replicas: tuple[str, str]) -> str:
     """A second replica: vLLM's own server with nothing but a KV connector; it shares the store."""
-    extra = {"store": str(folder / "store"), "namespace": "test", "primer": PRIMER, "blend": {"mode": "blend"}}
-    options = [*transfer_config(**extra), "--served-model-name", "smol", "--max-model-len", "4096"]
-    with serving([*BARE, smollm2, *options], folder / "bare.log") as url:
-        yield url
+    return replicas[1]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +177,7 @@ BAD = [
     {"check_layers": [30]},
     {"mode": "sometimes"},
     {"warm": "yes"},
+    {"lookup": ["key"] * 257},
     {"temperature": 1},
     "blend",
 ]
@@ -235,13 +248,13 @@ def test_the_server_answers_as_the_embedded_engine_does(
     engine: ServerEngine, embedded: TransformersEngine, policy: str
 ) -> None:
     assert engine.scope == embedded.scope
-    for seed in (20, 21) if policy == "hkvd" else (22, 23):
-        mine = engine.generate(prompt(seed), max_tokens=8, logprobs=3, blend={"policy": policy})
-        theirs = embedded.generate(prompt(seed), max_tokens=8, logprobs=3, blend={"policy": policy})
-        assert mine.token_ids == theirs.token_ids
-        assert mine.stats.segments == theirs.stats.segments == 4
-        assert mine.logprobs is not None and theirs.logprobs is not None
-        assert mine.logprobs[0].keys() == theirs.logprobs[0].keys()
+    text = prompt(20 if policy == "hkvd" else 22)
+    mine = engine.generate(text, max_tokens=8, logprobs=3, blend={"policy": policy})
+    theirs = embedded.generate(text, max_tokens=8, logprobs=3, blend={"policy": policy})
+    assert mine.token_ids == theirs.token_ids
+    assert mine.stats.segments == theirs.stats.segments == 4
+    assert mine.logprobs is not None and theirs.logprobs is not None
+    assert mine.logprobs[0].keys() == theirs.logprobs[0].keys()
 
 
 # LangChain
@@ -350,6 +363,23 @@ def test_warm_is_idempotent_and_checks_lengths(engine: ServerEngine) -> None:
     with pytest.raises(ChunkTooLongError, match="chunk 1 has"):
         engine.warm([new[0], "word " * 5000])
     assert engine.evict(new) == 0  # nothing was prefilled
+
+
+def test_chunks_by_their_keys(engine: ServerEngine, caplog: pytest.LogCaptureFixture) -> None:
+    new = [random_text(seed, 200) for seed in (210, 211)]
+    keys = engine.chunk_keys(new)
+    assert engine.is_warm([*new, "", CHUNKS[0]]) == [False, False, True, True]
+    engine.warm(new)
+    assert engine.is_warm(new) == [True, True]
+    assert engine.stored_keys() >= {*keys, *engine.chunk_keys(CHUNKS)}
+    assert engine._ask("prefetch", [*keys, "no key"]) == {"prefetched": 2}
+    engine.prefetch([*new, "never seen before by anybody"])
+    while engine._prefetcher._thread is not None:
+        time.sleep(0.01)
+    assert not [record for record in caplog.records if "prefetch" in record.getMessage()]
+    assert engine.evict_keys([*keys, "no key"]) == 2
+    assert engine.is_warm(new) == [False, False]
+    assert not engine.stored_keys() & set(keys)
 
 
 def test_templates_and_tokens_are_the_servers(engine: ServerEngine) -> None:

@@ -23,7 +23,9 @@ from .servers import SERVE, serving
 
 TOLERANCE = 1e-4  # largest absolute difference of log-probabilities, float32
 TOP = 20  # log-probabilities that are compared at each token
-MODELS = ["smollm2", "qwen2", "qwen3", "moe"]
+# A server's start costs most. That real weights and every architecture are blended rightly is tested in process, and
+# that a server answers as the embedded engine, with real weights, in test_server.
+MODELS = ["qwen3", "moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm2", "qwen2"))]
 
 
 @pytest.fixture(scope="module", params=MODELS)

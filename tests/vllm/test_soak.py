@@ -108,8 +108,9 @@ def in_a_process(function: str, model: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(600)
 def test_soak(model: str) -> None:
-    expected = in_a_process("stock_answers", model)["answers"]
-    result = in_a_process("soak", model)
+    with ThreadPoolExecutor() as pool:
+        stock, blending = (pool.submit(in_a_process, function, model) for function in ("stock_answers", "soak"))
+    expected, result = stock.result()["answers"], blending.result()
     assert len(result["plain"]) > 60
     for n, token_ids, logprobs in result["plain"]:
         assert token_ids == expected[n][0]

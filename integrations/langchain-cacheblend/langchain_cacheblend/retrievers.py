@@ -13,6 +13,8 @@ from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import patch_config
 
+from langchain_cacheblend.warming import warm_what_fits
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,17 +23,24 @@ class CacheBlendRetriever(BaseRetriever):
 
     For documents that were indexed before CacheBlend came, or by another process: the first prompt that holds one pays
     for its prefill, all later ones reuse it. Order and content of the documents are those of the wrapped retriever.
-    Warming is never a reason for retrieval to fail: whatever goes wrong there is logged as a warning.
+    Neither warming nor prefetching is a reason for retrieval to fail: whatever goes wrong there is logged as a warning.
+
+    What is warmed is what is returned: around a ``ParentDocumentRetriever`` the parents, which the prompt will hold.
+    A ``ContextualCompressionRetriever`` belongs outside, with this one as its base: whole documents are warmed once,
+    and a shortened text reuses the runs of them that are left of it.
 
     Attributes:
         retriever: The wrapped retriever, or any runnable from a query to documents.
         engine: Where documents are warmed.
-        on_miss: ``"warm"`` warms what is cold; ``"ignore"`` leaves it cold.
+        on_miss: ``"warm"`` warms what is cold before documents are returned; ``"ignore"`` leaves it cold.
+        prefetch: Begin to bring what is warm from the chunk store's disk to its memory, while the prompt is being
+            built.
     """
 
     retriever: RetrieverLike
     engine: Engine
     on_miss: Literal["warm", "ignore"] = "warm"
+    prefetch: bool = True
 
     # BaseRetriever keeps the config from _get_relevant_documents; it reaches the wrapped retriever as this argument.
 
@@ -53,8 +62,7 @@ class CacheBlendRetriever(BaseRetriever):
     ) -> list[Document]:
         config = patch_config(outer_config, callbacks=run_manager.get_child())
         documents = self.retriever.invoke(query, config, **kwargs)
-        if self.on_miss == "warm":
-            self._warm(documents)
+        self._prepare(documents)
         return documents
 
     async def _aget_relevant_documents(
@@ -67,12 +75,17 @@ class CacheBlendRetriever(BaseRetriever):
     ) -> list[Document]:
         config = patch_config(outer_config, callbacks=run_manager.get_child())
         documents = await self.retriever.ainvoke(query, config, **kwargs)
-        if self.on_miss == "warm":
-            await asyncio.to_thread(self._warm, documents)
+        await asyncio.to_thread(self._prepare, documents)
         return documents
 
-    def _warm(self, documents: list[Document]) -> None:
+    def _prepare(self, documents: list[Document]) -> None:
+        texts = [document.page_content for document in documents]
         try:
-            self.engine.warm([document.page_content for document in documents])
-        except Exception as error:  # the answer does not depend on warming, so nothing that goes wrong there may
+            if self.prefetch:  # first: disks are read while the model prefills
+                self.engine.prefetch(texts)
+            if self.on_miss == "warm":
+                _, too_long = warm_what_fits(self.engine, texts)
+                if too_long:
+                    logger.warning("%d documents stay cold, they do not fit the model's context", len(too_long))
+        except Exception as error:  # the answer does not depend on this, so nothing that goes wrong here may
             logger.warning("Documents stay cold, warming them failed: %s", error)

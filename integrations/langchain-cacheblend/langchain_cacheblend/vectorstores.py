@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_rag.engines.base import Engine
+from cacheblend_rag.errors import ConfigError
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
+from langchain_cacheblend import consistency
+from langchain_cacheblend.consistency import RepairReport, VerifyReport
+from langchain_cacheblend.listing import list_documents
+
 logger = logging.getLogger(__name__)
+
+_IDS_AT_ONCE = 1000
 
 
 class _Wrapped:
@@ -33,6 +41,7 @@ class CacheBlendVectorStore(VectorStore):
 
     Adding and deleting touch the chunk store first and the index second. When the chunk store fails, the index is as
     it was; when the index fails, a chunk is warm or cold that need not be, which costs time, never an answer.
+    :meth:`verify` tells whether the two agree, :meth:`repair` makes them agree.
 
     Searches and all other attributes (``save_local``, ``docstore``, ...) are the wrapped store's. What its class adds
     to the interface of ``VectorStore`` for writing (such as ``add_embeddings``) does not warm; such documents are
@@ -49,7 +58,8 @@ class CacheBlendVectorStore(VectorStore):
         self.engine = engine
         # The hash of the text behind each id added here. A text is evicted with the last id that holds it. (After
         # index() replaces a document by one that differs in metadata only, the new id still holds the text.) Ids added
-        # elsewhere are not known: such a text may be evicted too early, and is warmed when it is next retrieved.
+        # elsewhere, or before a restart, are not known: such a text may be evicted too early, and is warmed when it is
+        # next retrieved, or by repair().
         self._text_hashes: dict[str, int] = {}
 
     @classmethod
@@ -145,7 +155,9 @@ class CacheBlendVectorStore(VectorStore):
         """Evict the chunks of documents, then delete the documents from the wrapped store.
 
         Nothing is evicted where the texts can't be known: without ``ids``, or when the wrapped store has no
-        ``get_by_ids``. Texts that another document added here still holds stay warm.
+        ``get_by_ids``. Texts that another document added through this object still holds stay warm. One that only a
+        document added elsewhere or before a restart holds becomes cold: prompts with it are prefilled, until it is
+        warmed again by :class:`CacheBlendRetriever` or :meth:`repair`.
         """
         try:
             documents = self.vectorstore.get_by_ids(ids) if ids else []
@@ -162,6 +174,68 @@ class CacheBlendVectorStore(VectorStore):
             documents = self._unknown_documents()
         await asyncio.to_thread(self.engine.evict, self._texts_only_in(ids or [], documents))
         return self._forget(ids or [], await self.vectorstore.adelete(ids, **kwargs))
+
+    def verify(self, documents: Iterable[Document] | None = None, ids: Iterable[str] | None = None) -> VerifyReport:
+        """Compare the index with the chunk store; nothing is changed.
+
+        Not to be run while documents are added: they are warm before they are in the index.
+
+        Args:
+            documents: All documents of the index.
+            ids: The ids of all documents of the index, such as ``record_manager.list_keys()``. Without either, the
+                wrapped store is asked: ``FAISS``, ``InMemoryVectorStore``, ``QdrantVectorStore`` and stores with
+                Chroma's ``get()`` can list what they hold.
+
+        Raises:
+            ConfigError: the wrapped store can't list its documents, or has no ``get_by_ids``, or both are given.
+            StoreError: the chunk store can't be read.
+        """
+        return consistency.compare(self.engine, self._indexed(documents, ids))
+
+    async def averify(
+        self, documents: Iterable[Document] | None = None, ids: Iterable[str] | None = None
+    ) -> VerifyReport:
+        """Like :meth:`verify`; all but the lookup by id runs in a thread."""
+        if ids is not None and documents is None:
+            batches = _batches(ids)
+            try:
+                documents = [document for some in batches for document in await self.vectorstore.aget_by_ids(some)]
+            except NotImplementedError as error:
+                raise self._without_lookup() from error
+            ids = None
+        return await asyncio.to_thread(self.verify, documents, ids)
+
+    def repair(
+        self,
+        documents: Iterable[Document] | None = None,
+        ids: Iterable[str] | None = None,
+        *,
+        evict_unknown: bool = False,
+    ) -> RepairReport:
+        """Warm the documents of the index that are cold.
+
+        Args:
+            documents: See :meth:`verify`.
+            ids: See :meth:`verify`.
+            evict_unknown: Also evict the chunks that none of the documents holds. For a chunk store, or a namespace of
+                it, that no other index uses.
+
+        Raises:
+            ConfigError: see :meth:`verify`.
+            StoreError: the chunk store can't be written; what was done before stays done.
+        """
+        return consistency.repair(self.engine, self.verify(documents, ids), evict_unknown=evict_unknown)
+
+    async def arepair(
+        self,
+        documents: Iterable[Document] | None = None,
+        ids: Iterable[str] | None = None,
+        *,
+        evict_unknown: bool = False,
+    ) -> RepairReport:
+        """Like :meth:`repair`; runs in a thread, see :meth:`averify`."""
+        found = await self.averify(documents, ids)
+        return await asyncio.to_thread(consistency.repair, self.engine, found, evict_unknown=evict_unknown)
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
         """Search the wrapped store."""
@@ -208,12 +282,30 @@ class CacheBlendVectorStore(VectorStore):
         texts = dict.fromkeys(document.page_content for document in documents)
         return [text for text in texts if hash(text) not in held]
 
+    def _indexed(self, documents: Iterable[Document] | None, ids: Iterable[str] | None) -> list[Document]:
+        if ids is None:
+            return list_documents(self.vectorstore) if documents is None else list(documents)
+        if documents is not None:
+            raise ConfigError("give documents or ids, not both")
+        try:
+            return [document for some in _batches(ids) for document in self.vectorstore.get_by_ids(some)]
+        except NotImplementedError as error:
+            raise self._without_lookup() from error
+
+    def _without_lookup(self) -> ConfigError:
+        return ConfigError(f"{type(self.vectorstore).__name__} has no get_by_ids: pass documents in place of ids")
+
     def _unknown_documents(self) -> list[Document]:
         logger.warning(
             "%s has no get_by_ids, so the chunks of deleted documents stay in the chunk store",
             type(self.vectorstore).__name__,
         )
         return []
+
+
+def _batches(ids: Iterable[str]) -> list[list[str]]:
+    left = iter(ids)
+    return list(iter(lambda: list(itertools.islice(left, _IDS_AT_ONCE)), []))
 
 
 def _given(ids: list[str] | None) -> dict[str, list[str]]:

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
+import faiss
 import pytest
 import torch
+from cacheblend_rag import BlendConfig, load_engine
 from cacheblend_rag.engines.base import Engine
+from langchain_community.docstore.in_memory import InMemoryDocstore
+from langchain_community.vectorstores import FAISS
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
+from langchain_qdrant import QdrantVectorStore
+from qdrant_client import QdrantClient
+from qdrant_client.models import Distance, VectorParams
 
 from langchain_cacheblend import CacheBlendLLM
 
@@ -43,6 +55,17 @@ def engine(llm_from_settings: CacheBlendLLM) -> Engine:
     return llm_from_settings.engine
 
 
+@pytest.fixture(scope="session")
+def chat_engine(model_path: str) -> Iterator[Engine]:
+    """An engine whose chat template has tools."""
+    torch.set_num_threads(1)
+    blend = BlendConfig(mode="blend", min_reused_tokens=0)
+    with load_engine(
+        model_path, dtype="float32", blend=blend, chat_template=str(Path(__file__).parent / "hermes.jinja")
+    ) as engine:
+        yield engine
+
+
 @pytest.fixture
 def passages(request: pytest.FixtureRequest) -> Callable[[int], list[str]]:
     """Makes passages that no other test uses: the chunk store is shared by all tests."""
@@ -54,13 +77,49 @@ def passages(request: pytest.FixtureRequest) -> Callable[[int], list[str]]:
     return make
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
     """No file of this process can grow beyond a megabyte; the KV of a passage takes more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def while_disk_is_full() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which nothing can be stored."""
+    return _full_disk
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Nothing can be stored during the test."""
+    with _full_disk():
+        yield
+
+
+def _faiss(embedding: Embeddings) -> VectorStore:
+    size = len(embedding.embed_query("size"))
+    return FAISS(embedding, faiss.IndexFlatL2(size), InMemoryDocstore(), {})
+
+
+def _qdrant(embedding: Embeddings) -> VectorStore:
+    client = QdrantClient(":memory:")
+    size = len(embedding.embed_query("size"))
+    client.create_collection("notes", vectors_config=VectorParams(size=size, distance=Distance.COSINE))
+    return QdrantVectorStore(client, "notes", embedding)
+
+
+_INDEXES = {"memory": InMemoryVectorStore, "faiss": _faiss, "qdrant": _qdrant}
+
+
+@pytest.fixture(params=list(_INDEXES))
+def make_index(request: pytest.FixtureRequest) -> Callable[[Embeddings], VectorStore]:
+    """Makes an empty vector store that knows nothing of CacheBlend; Qdrant's ids are UUIDs."""
+    return _INDEXES[request.param]
 
 
 @pytest.fixture

@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
 import pytest
 from cacheblend_rag.engines.base import Engine
+from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.store import MemoryStore
+from langchain_classic.retrievers import (
+    ContextualCompressionRetriever,
+    EnsembleRetriever,
+    ParentDocumentRetriever,
+)
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.documents import Document
+from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
+from langchain_core.stores import InMemoryStore
 from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_tests.integration_tests import RetrieversIntegrationTests
+from langchain_text_splitters import RecursiveCharacterTextSplitter
 
 from langchain_cacheblend import CacheBlendLLM, CacheBlendRetriever, CacheBlendVectorStore
 
@@ -117,6 +128,124 @@ async def test_callbacks_see_both_retrievers(engine: Engine, cold: InMemoryVecto
     assert (outer, no_parent, outer_tags) == ("mine", None, ["request"])
     assert (inner, parent, inner_tags) == ("VectorStoreRetriever", outer_id, ["inner", "request"])
     assert recorder.ends == [found, found]
+
+
+class TestStandard(RetrieversIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _index(self, engine: Engine, cold: InMemoryVectorStore) -> None:
+        self._engine, self._cold = engine, cold
+
+    @property
+    def retriever_constructor(self) -> Any:
+        """How many documents there are is for the wrapped retriever to say."""
+
+        def make(**search: Any) -> CacheBlendRetriever:
+            return CacheBlendRetriever(retriever=self._cold.as_retriever(search_kwargs=search), engine=self._engine)
+
+        return make
+
+    @property
+    def retriever_query_example(self) -> str:
+        return "what is in the harbour?"
+
+
+def _memory(engine: Engine) -> MemoryStore:
+    return engine.library.store.memory
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.005)
+
+
+@both
+@pytest.mark.parametrize("prefetch", [True, False])
+async def test_warm_documents_come_to_memory(
+    engine: Engine, cold: InMemoryVectorStore, texts: list[str], use_async: bool, prefetch: bool
+) -> None:
+    engine.warm(texts[:2])
+    _memory(engine).close()  # as after a restart
+    keys = engine.chunk_keys(texts)
+    retriever = CacheBlendRetriever(retriever=cold.as_retriever(), engine=engine, on_miss="ignore", prefetch=prefetch)
+    assert len(await _retrieve(retriever, "query", use_async)) == 3
+    if prefetch:
+        _wait_until(lambda: all(key in _memory(engine) for key in keys[:2]))
+    assert [key in _memory(engine) for key in keys] == [prefetch, prefetch, False]
+    assert engine.is_warm(texts) == [True, True, False]
+
+
+def test_failing_prefetch_does_not_break_retrieval(
+    engine: Engine, cold: InMemoryVectorStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(chunks: list[str]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(engine, "prefetch", fail)
+    retriever = CacheBlendRetriever(retriever=cold.as_retriever(), engine=engine)
+    assert len(retriever.invoke("query")) == 3
+    assert "can't start new thread" in caplog.text
+
+
+def test_one_document_that_is_too_long_keeps_no_other_cold(
+    engine: Engine, cold: InMemoryVectorStore, texts: list[str], was_warm: WasWarm, caplog: pytest.LogCaptureFixture
+) -> None:
+    cold.add_texts(["word " * engine.context_window])
+    assert len(CacheBlendRetriever(retriever=cold.as_retriever(), engine=engine).invoke("query")) == 4
+    assert was_warm(texts) == [True] * 3
+    assert "1 documents stay cold" in caplog.text
+
+
+def _stats(engine: Engine, documents: list[Document]) -> BlendStats:
+    """How a prompt made of some documents is read."""
+    notes = "\n\n".join(f"[{n}] {document.page_content}" for n, document in enumerate(documents))
+    return engine.generate(f"Read the notes.\n\n{notes}\n\nQuestion: why?\nAnswer:", max_tokens=1).stats
+
+
+def test_ensemble(engine: Engine, cold: InMemoryVectorStore, passages: Passages) -> None:
+    other = InMemoryVectorStore.from_texts(passages(2), DeterministicFakeEmbedding(size=8))
+    ensemble = EnsembleRetriever(retrievers=[cold.as_retriever(), other.as_retriever()], weights=[0.5, 0.5])
+    found = CacheBlendRetriever(retriever=ensemble, engine=engine).invoke("query")
+    assert len(found) == 5
+    assert _stats(engine, found).segments == 5
+
+
+def test_parents_are_what_is_warmed(engine: Engine, passages: Passages) -> None:
+    parents = [" ".join(passages(2)) for _ in range(2)]
+    small = RecursiveCharacterTextSplitter(chunk_size=80, chunk_overlap=0)
+    children = InMemoryVectorStore(DeterministicFakeEmbedding(size=16))
+    retriever = ParentDocumentRetriever(vectorstore=children, docstore=InMemoryStore(), child_splitter=small)
+    retriever.add_documents([Document(text) for text in parents])
+    before = engine.stored_keys()
+    found = CacheBlendRetriever(retriever=retriever, engine=engine).invoke(parents[0])
+    assert {document.page_content for document in found} <= set(parents)
+    assert engine.stored_keys() - before == set(engine.chunk_keys([document.page_content for document in found]))
+    stats = _stats(engine, found)
+    assert stats.segments == len(found)
+    assert stats.reused_tokens + stats.recomputed_tokens > 0.8 * stats.prompt_tokens
+
+
+class FirstAndLastWords(BaseDocumentCompressor):
+    """Cuts the middle out of each document."""
+
+    def compress_documents(self, documents: Any, query: str, callbacks: Any = None) -> list[Document]:
+        words = [document.page_content.split(" ") for document in documents]
+        return [Document(" ".join([*text[:30], "...", *text[-30:]])) for text in words]
+
+
+def test_shortened_documents_reuse_what_is_left_of_them(engine: Engine, passages: Passages) -> None:
+    texts = [" ".join(passages(3)) for _ in range(2)]
+    cold = InMemoryVectorStore.from_texts(texts, DeterministicFakeEmbedding(size=16))
+    whole = CacheBlendRetriever(retriever=cold.as_retriever(), engine=engine)
+    retriever = ContextualCompressionRetriever(base_compressor=FirstAndLastWords(), base_retriever=whole)
+    before = engine.stored_keys()
+    found = retriever.invoke("query")
+    assert not {document.page_content for document in found} & set(texts)
+    assert engine.stored_keys() - before == set(engine.chunk_keys(texts))  # no shortened text is stored
+    stats = _stats(engine, found)
+    assert stats.segments == 4  # two runs of each
+    assert stats.reused_tokens + stats.recomputed_tokens > 0.7 * stats.prompt_tokens
 
 
 async def test_event_loop_is_not_blocked(

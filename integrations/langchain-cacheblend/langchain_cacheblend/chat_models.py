@@ -1,0 +1,424 @@
+"""The chat model: messages in, a message out, by the model's own chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import operator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from cacheblend_rag.chat import ChatPrompt, TextDelta, ToolCallDelta, ToolParser, prepare_chat
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.stats import Generation
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.exceptions import OutputParserException
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    InvalidToolCall,
+    ToolCall,
+    convert_to_openai_messages,
+)
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import Generation as LangChainGeneration
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel, Field
+
+from langchain_cacheblend.engine_model import (
+    SAMPLING,
+    EngineModel,
+    langchain_errors,
+    override,
+    refuse_unknown,
+)
+
+_CHAT_SETTINGS = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "structured_outputs",
+    "logprobs",
+    "top_logprobs",
+)
+StructuredOutputMethod = Literal["json_schema", "function_calling", "json_mode"]
+
+
+class ChatCacheBlend(EngineModel, BaseChatModel):
+    """A chat model that reuses the KV of passages it has read before, wherever they stand in a conversation.
+
+    Built from settings, named as in ``cacheblend_rag.load_engine``, or around an engine that exists::
+
+        model = ChatCacheBlend(model="path-or-hub-id", store="chunks/", max_tokens=200)
+        model = ChatCacheBlend(engine=engine)
+        model = ChatCacheBlend(model="name", engine="server", base_url="http://localhost:8000/v1")
+
+    Tools are described to the model by its chat template and called in the template's own format. Decoding is
+    constrained: calls always fit the schemas of their tools.
+
+    A call may override the settings ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``,
+    ``logprobs``, ``top_logprobs`` and single settings of ``blend``, and constrain its answer by ``structured_outputs``
+    (see ``cacheblend_rag.structured``) or ``response_format`` (as in OpenAI's API).
+
+    ``usage_metadata`` of an answer divides the prompt's tokens among ``cache_read`` (their KV was reused, shifted or as
+    an exact prefix), ``cacheblend_recomputed`` and ``cacheblend_missed``. ``response_metadata`` holds ``model_name``,
+    ``finish_reason``, ``ttft`` in seconds, ``decision``, ``stats`` (see ``cacheblend_rag.stats.BlendStats``) and, if
+    asked for, ``logprobs`` in OpenAI's format. A streamed answer carries them on its last chunk.
+
+    Attributes:
+        logprobs: Return the log-probability of each token.
+        top_logprobs: And those of this many of the most likely tokens.
+        streaming: Have ``invoke`` stream to callbacks.
+    """
+
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0)
+    streaming: bool = False
+
+    @property
+    def _llm_type(self) -> str:
+        return "chat-cacheblend"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, "logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        # LangChain's own key for its cache of answers knows nothing of an engine that was given.
+        params = {**self._identifying_params, **kwargs, **({} if stop is None else {"stop": stop})}
+        return json.dumps(params, sort_keys=True, default=str)
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Tokens of messages as the model reads them: by its chat template, with the opening of its answer."""
+        converted = [convert_to_openai_tool(tool) for tool in tools or []]
+        prompt = prepare_chat(self.engine, _openai_messages(messages), tools=converted).prompt
+        return self.engine.count_tokens(prompt)
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call tools.
+
+        Args:
+            tools: Anything that ``convert_to_openai_tool`` takes.
+            tool_choice: ``"auto"`` or None: the model decides. ``"none"``: no calls. ``"any"``, ``"required"`` or True:
+                at least one call. A tool's name, or ``{"type": "function", "function": {"name": ...}}``: a call of it.
+            parallel_tool_calls: An answer may hold several calls.
+            strict: Taken as OpenAI's models take it; calls fit their schemas anyway.
+            kwargs: Further settings of the calls.
+
+        Raises:
+            ConfigError: a tool that isn't there, or a chat template without tools.
+        """
+        converted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        choice = _tool_choice(tool_choice)
+        names = [tool["function"]["name"] for tool in converted]
+        if choice not in ("auto", "none", "required", *names):
+            raise ConfigError(f"tool_choice is {choice!r}, but the tools are {', '.join(names) or 'none'}")
+        if converted:
+            _ = self.engine.tool_format  # told now that there is none, rather than by the first call
+        return self.bind(tools=converted, tool_choice=choice, parallel_tool_calls=parallel_tool_calls, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: StructuredOutputMethod = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """Have answers parsed into a schema.
+
+        Args:
+            schema: A pydantic class, a ``TypedDict``, a JSON schema or an OpenAI tool. None: with ``"json_mode"`` only.
+            method: ``"json_schema"``: the answer is JSON of the schema, with any model. ``"function_calling"``: the
+                schema is a tool that must be called, which also describes it to the model. ``"json_mode"``: any JSON
+                object.
+            include_raw: Give a dict of ``raw``, ``parsed`` and ``parsing_error``; nothing is raised for bad JSON.
+            strict: Taken as OpenAI's models take it; answers fit the schema anyway.
+            kwargs: Further settings of the calls.
+
+        Raises:
+            ConfigError: an unknown method, no schema where one is needed, a chat template without tools.
+        """
+        if method not in ("json_schema", "function_calling", "json_mode"):
+            raise ConfigError(f"method must be json_schema, function_calling or json_mode, not {method!r}")
+        if schema is None and method != "json_mode":
+            raise ConfigError(f"method {method!r} needs a schema")
+        told = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
+        pydantic_class = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
+        llm: Runnable[LanguageModelInput, AIMessage]
+        parser: Runnable[Any, Any]
+        if schema is None or method == "json_mode":
+            llm = self.bind(structured_outputs={"json": {"type": "object"}}, **told, **kwargs)
+            parser = _WholePydantic(pydantic_object=pydantic_class) if pydantic_class else _WholeJson()
+        elif method == "json_schema":
+            llm = self.bind(structured_outputs={"json": convert_to_json_schema(schema)}, **told, **kwargs)
+            parser = _WholePydantic(pydantic_object=pydantic_class) if pydantic_class else _WholeJson()
+        else:
+            name = convert_to_openai_tool(schema)["function"]["name"]
+            llm = self.bind_tools(
+                [schema], tool_choice=name, parallel_tool_calls=False, strict=strict, **told, **kwargs
+            )
+            parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+            if pydantic_class:
+                parser = PydanticToolsParser(tools=[pydantic_class], first_tool_only=True)
+        if not include_raw:
+            return llm | parser
+        parse = RunnablePassthrough.assign(
+            parsed=operator.itemgetter("raw") | parser, parsing_error=lambda _: None
+        ).with_fallbacks([RunnablePassthrough.assign(parsed=lambda _: None)], exception_key="parsing_error")
+        return RunnableMap(raw=llm) | parse
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with langchain_errors():
+            chat, request = self._prepare(messages, stop, kwargs)
+            return self._result(chat, self.engine.generate(chat.prompt, **request))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with langchain_errors():
+            # A server renders the messages, and tells the text of tokens.
+            chat, request = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+            answer = await self.engine.agenerate(chat.prompt, **request)
+            return await asyncio.to_thread(self._result, chat, answer)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with langchain_errors():
+            chat, request = self._prepare(messages, stop, kwargs)
+            parser = chat.stream_parser()
+            for piece in self.engine.stream(chat.prompt, **request):
+                for chunk in self._chunks(parser, piece, piece.generation):
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        with langchain_errors():
+            chat, request = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+            parser = chat.stream_parser()
+            async for piece in self.engine.astream(chat.prompt, **request):
+                for chunk in await asyncio.to_thread(self._chunks, parser, piece, piece.generation):
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+    def _prepare(
+        self, messages: list[BaseMessage], stop: list[str] | None, settings: Mapping[str, Any]
+    ) -> tuple[ChatPrompt, dict[str, Any]]:
+        """The prompt, and keyword arguments for the engine."""
+        refuse_unknown(settings, ["blend", *SAMPLING, *_CHAT_SETTINGS])
+        chat = prepare_chat(
+            self.engine,
+            _openai_messages(messages),
+            tools=settings.get("tools"),
+            tool_choice=_tool_choice(settings.get("tool_choice")),
+            parallel_tool_calls=settings.get("parallel_tool_calls", True),
+            structured_outputs=_structured_outputs(settings),
+        )
+        request = {name: settings.get(name, getattr(self, name)) for name in SAMPLING}
+        if stop is not None:
+            request["stop"] = stop
+        if settings.get("logprobs", self.logprobs):
+            request["logprobs"] = settings.get("top_logprobs", self.top_logprobs) or 0
+        return chat, {**chat.sampling, **request, "blend": override(self.blend, settings.get("blend"))}
+
+    def _result(self, chat: ChatPrompt, answer: Generation) -> ChatResult:
+        reply = chat.parse(answer.text)
+        calls: list[ToolCall] = []
+        invalid: list[InvalidToolCall] = []
+        for call in reply.tool_calls:
+            arguments = json.loads(call.arguments)
+            if isinstance(arguments, dict):
+                calls.append(tool_call(name=call.name, args=arguments, id=call.id))
+            else:
+                error = "the arguments are no JSON object"
+                invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error))
+        metadata = self._metadata(answer, called=bool(calls))
+        message = AIMessage(
+            content=reply.content,
+            tool_calls=calls,
+            invalid_tool_calls=invalid,
+            usage_metadata=_usage(answer),
+            response_metadata=metadata,
+        )
+        info = {"finish_reason": metadata["finish_reason"]}
+        return ChatResult(
+            generations=[ChatGeneration(message=message, generation_info=info)], llm_output={"model_name": self.model}
+        )
+
+    def _chunks(self, parser: ToolParser, piece: str, answer: Generation | None) -> list[ChatGenerationChunk]:
+        """Chunks of a message, of a piece of a streamed answer; ``answer`` is the whole one, with the last piece."""
+        deltas = parser.add(piece)
+        if answer is not None:
+            deltas += parser.finish()
+        chunks = [AIMessageChunk(**_content(delta)) for delta in deltas]
+        if answer is None:
+            return [ChatGenerationChunk(message=chunk) for chunk in chunks]
+        metadata = self._metadata(answer, called=parser.called)
+        last = AIMessageChunk(
+            content="", usage_metadata=_usage(answer), response_metadata=metadata, chunk_position="last"
+        )
+        info = {"finish_reason": metadata["finish_reason"]}
+        return [
+            *(ChatGenerationChunk(message=chunk) for chunk in chunks),
+            ChatGenerationChunk(message=last, generation_info=info),
+        ]
+
+    def _metadata(self, answer: Generation, *, called: bool) -> dict[str, Any]:
+        metadata: dict[str, Any] = {
+            "model_name": self.model,
+            "model_provider": "cacheblend",
+            "finish_reason": "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason,
+            "ttft": answer.stats.ttft,
+            "decision": answer.stats.decision,
+            "stats": answer.stats.to_dict(),
+        }
+        if answer.logprobs is not None:
+            metadata["logprobs"] = {"content": self._openai_logprobs(answer.token_ids, answer.logprobs)}
+        return metadata
+
+    def _openai_logprobs(self, token_ids: list[int], logprobs: list[dict[int, float]]) -> list[dict[str, Any]]:
+        texts = {token: self.engine.decode([token]) for token in {token for entry in logprobs for token in entry}}
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": texts[token], "bytes": list(texts[token].encode()), "logprob": logprob}
+
+        return [
+            {
+                **entry(token, found[token]),
+                "top_logprobs": [
+                    entry(*top) for top in sorted(found.items(), key=operator.itemgetter(1), reverse=True)
+                ],
+            }
+            for token, found in zip(token_ids, logprobs, strict=True)
+        ]
+
+
+class _WholeJson(JsonOutputParser):
+    """Refuses an answer that was cut off, where its parent would complete the JSON by guessing."""
+
+    def parse_result(self, result: list[LangChainGeneration], *, partial: bool = False) -> Any:
+        """See the base class."""
+        if not partial:
+            _refuse_cut_off(result)
+        return super().parse_result(result, partial=partial)
+
+
+class _WholePydantic(PydanticOutputParser[BaseModel]):
+    """The same for pydantic classes."""
+
+    def parse_result(self, result: list[LangChainGeneration], *, partial: bool = False) -> Any:
+        """See the base class."""
+        if not partial:
+            _refuse_cut_off(result)
+        return super().parse_result(result, partial=partial)
+
+
+def _refuse_cut_off(result: list[LangChainGeneration]) -> None:
+    message = result[0].message if isinstance(result[0], ChatGeneration) else None
+    if message is not None and message.response_metadata.get("finish_reason") == "length":
+        raise OutputParserException(
+            "the answer was cut off at max_tokens before its JSON was complete: raise max_tokens",
+            llm_output=result[0].text,
+        )
+
+
+def _openai_messages(messages: list[BaseMessage]) -> list[dict[str, Any]]:
+    converted = convert_to_openai_messages(messages)
+    assert isinstance(converted, list)  # of a list comes a list
+    return converted
+
+
+def _tool_choice(choice: str | bool | Mapping[str, Any] | None) -> str:
+    if choice is None or choice is False:
+        return "auto"
+    if choice is True or choice == "any":
+        return "required"
+    if isinstance(choice, Mapping):
+        return str(choice["function"]["name"])
+    return str(choice)
+
+
+def _structured_outputs(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What constrains a call's answer, whichever way it is said."""
+    wanted: Mapping[str, Any] | None = settings.get("structured_outputs")
+    response_format = settings.get("response_format")
+    if response_format is None or response_format == {"type": "text"}:
+        return wanted
+    if wanted is not None:
+        raise ConfigError("response_format and structured_outputs both say what the answer must be: give one of them")
+    if isinstance(response_format, type):
+        return {"json": convert_to_json_schema(response_format)}
+    if response_format.get("type") == "json_object":
+        return {"json": {"type": "object"}}
+    if response_format.get("type") == "json_schema":
+        return {"json": response_format["json_schema"]["schema"]}
+    raise ConfigError(f"response_format must be of type text, json_object or json_schema, not {response_format!r}")
+
+
+def _usage(answer: Generation) -> UsageMetadata:
+    stats, written = answer.stats, len(answer.token_ids)
+    details: Any = {
+        "cache_read": stats.prefix_tokens + stats.reused_tokens,
+        "cacheblend_recomputed": stats.recomputed_tokens,
+        "cacheblend_missed": stats.missed_tokens,
+    }
+    return UsageMetadata(
+        input_tokens=stats.prompt_tokens,
+        output_tokens=written,
+        total_tokens=stats.prompt_tokens + written,
+        input_token_details=details,
+    )
+
+
+def _content(delta: TextDelta | ToolCallDelta) -> dict[str, Any]:
+    """What a chunk of a message holds."""
+    if isinstance(delta, TextDelta):
+        return {"content": delta.text}
+    chunk = tool_call_chunk(name=delta.name, args=delta.arguments, id=delta.id, index=delta.index)
+    return {"content": "", "tool_call_chunks": [chunk]}

@@ -1,0 +1,52 @@
+"""Settings as plain data that may be logged and stored: no secrets, nothing that JSON doesn't have."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from cacheblend_rag import BlendConfig
+
+_SECRET = re.compile(
+    r"(^|_)(key|apikey|token|secret|password|passwd|auth|authorization|cookies?|credentials?|headers|query)$",
+    re.IGNORECASE,
+)
+
+
+def plain_blend(blend: BlendConfig) -> dict[str, Any]:
+    """The settings of a blend."""
+    return {**dataclasses.asdict(blend), "check_layers": list(blend.check_layers)}
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``load_engine``, as far as they are plain and no secrets.
+
+    Keys, tokens, headers and passwords are left out, those within URLs too, and so are values that can't be written
+    down, such as an open store.
+    """
+    known = {name: _plain(value) for name, value in settings.items() if name != "blend" and not _SECRET.search(name)}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _plain(value: object) -> Any:
+    """The value, or None where it isn't plain."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return _without_credentials(value) if "://" in value else value
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return plain_settings({str(name): item for name, item in value.items()})
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
