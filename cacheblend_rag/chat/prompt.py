@@ -51,6 +51,8 @@ def prepare_chat(
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
     structured_outputs: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatPrompt:
     """Prepare a chat completion. With a server this asks it to render its template.
 
@@ -63,6 +65,8 @@ def prepare_chat(
         parallel_tool_calls: There may be several calls.
         structured_outputs: What the answer must look like, see :func:`cacheblend_rag.structured.structural_tag`,
             unless it calls tools.
+        continue_final_message: The answer goes on with the last message, which is the assistant's.
+        chat_template_kwargs: Further variables of the chat template, such as ``enable_thinking``.
 
     Raises:
         ConfigError: messages that are no text, an unknown tool, two constraints at once, a chat template without tools.
@@ -74,7 +78,13 @@ def prepare_chat(
     required = tool_choice not in ("auto", "none")
     if structured_outputs is not None and required:
         raise ConfigError("tool_choice and structured_outputs both say what the answer must be: give one of them")
-    rendered = engine.render_chat([_text_message(message) for message in messages], tools=tools or None)
+    rendered = engine.render_chat(
+        [_text_message(message) for message in messages],
+        tools=tools or None,
+        add_generation_prompt=not continue_final_message,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     sampling: dict[str, Any] = {}
     if structured_outputs is not None:
         sampling["structured_outputs"] = structured_outputs

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, overload
 import numpy as np
 
 from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engines.sampling import SamplingParams as SamplingParams
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
-from cacheblend_rag.structured import structural_tag
-from cacheblend_rag.validation import is_number, is_whole
 
 if TYPE_CHECKING:
     from cacheblend_rag.chat.tool_format import ToolFormat
@@ -26,67 +25,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen, named as in vLLM.
-
-    Attributes:
-        max_tokens: Most tokens to generate, at least 1.
-        temperature: 0 is greedy.
-        top_p: Keep the most likely tokens up to this total probability, in (0, 1].
-        top_k: Keep this many of the most likely tokens; 0 or -1 keeps all.
-        seed: Makes sampling repeatable.
-        stop: Strings that end the answer; not part of its text.
-        logprobs: Return log-probabilities of this many top tokens.
-        structured_outputs: What the answer must look like, see :func:`cacheblend_rag.structured.structural_tag`.
-        skip_special_tokens: Leave special tokens out of the text.
-        timeout: Seconds to wait for the answer, looked at between tokens; with a server, to wait for each of its
-            messages. None: no end, or what the server's client was given.
-        max_retries: How often a request that a server did not take is sent again; None: what its client was given.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    structured_outputs: Mapping[str, Any] | None = None
-    skip_special_tokens: bool = True
-    timeout: float | None = None
-    max_retries: int | None = None
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        if any(not isinstance(text, str) or not text for text in stop):
-            raise ConfigError(f"stop must be non-empty strings, not {self.stop!r}")
-        if not is_whole(self.max_tokens) or self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
-        if not is_number(self.temperature) or self.temperature < 0:
-            raise ConfigError(f"temperature must be a number from 0, not {self.temperature!r}")
-        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be a number in (0, 1], not {self.top_p!r}")
-        if not is_whole(self.top_k) or self.top_k < -1:
-            raise ConfigError(f"top_k must be a whole number from -1, not {self.top_k!r}")
-        if self.seed is not None and not is_whole(self.seed):
-            raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
-        if self.logprobs is not None and (not is_whole(self.logprobs) or self.logprobs < 0):
-            raise ConfigError(f"logprobs must be a whole number from 0, not {self.logprobs!r}")
-        if not isinstance(self.skip_special_tokens, bool):
-            raise ConfigError(f"skip_special_tokens must be True or False, not {self.skip_special_tokens!r}")
-        if self.timeout is not None and (not is_number(self.timeout) or self.timeout <= 0):
-            raise ConfigError(f"timeout must be seconds, more than 0, or None, not {self.timeout!r}")
-        if self.max_retries is not None and (not is_whole(self.max_retries) or self.max_retries < 0):
-            raise ConfigError(f"max_retries must be a whole number from 0, or None, not {self.max_retries!r}")
-        if self.structured_outputs is not None:
-            structural_tag(self.structured_outputs)
 
 
 class Engine(abc.ABC):
@@ -271,6 +209,8 @@ class Engine(abc.ABC):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Messages as one prompt text, by the model's chat template.
 
@@ -278,6 +218,9 @@ class Engine(abc.ABC):
             messages: In OpenAI's format: ``role``, ``content`` (text), and ``tool_calls`` or ``tool_call_id``.
             tools: In OpenAI's format, for the template to describe.
             add_generation_prompt: End with the opening of the model's answer.
+            continue_final_message: End with the last message left open, for the model to go on with;
+                ``add_generation_prompt`` must be False.
+            chat_template_kwargs: Further variables of the template, such as ``enable_thinking``.
 
         Raises:
             ConfigError: the model has no chat template, or it refuses the messages.

@@ -8,6 +8,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedTokenizerFast,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -24,7 +25,7 @@ class Sampler:
     """Chooses the next token, greedily or at random.
 
     Args:
-        params: Temperature, top_p, top_k, seed, logprobs.
+        params: Temperature, min_p, top_k, top_p, seed, logprobs.
         device: Where the logits are.
     """
 
@@ -39,22 +40,25 @@ class Sampler:
         self._warpers = LogitsProcessorList()
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(params.temperature))
+            if params.min_p > 0:
+                self._warpers.append(MinPLogitsWarper(params.min_p))
             if params.top_k > 0:
                 self._warpers.append(TopKLogitsWarper(params.top_k))
             if params.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(params.top_p))
 
-    def choose(self, logits: torch.Tensor) -> tuple[int, dict[int, float] | None]:
-        """The next token, and the log-probabilities asked for: of the model's own distribution, before any warping,
-        over the tokens that a constraint leaves.
+    def choose(self, logits: torch.Tensor, changed: torch.Tensor) -> tuple[int, dict[int, float] | None]:
+        """The next token, and the log-probabilities asked for.
 
         Args:
-            logits: float32 ``[vocabulary]``.
+            logits: The model's, over the tokens that a constraint leaves (others are -inf), float32 ``[vocabulary]``:
+                log-probabilities are of these.
+            changed: The same with penalties: the token is chosen by these.
         """
         if self._greedy:
-            token = int(logits.argmax())
+            token = int(changed.argmax())
         else:
-            scores = cast(torch.FloatTensor, logits[None])  # some releases of transformers ask for this type
+            scores = cast(torch.FloatTensor, changed[None])  # some releases of transformers ask for this type
             probabilities = self._warpers(_NO_HISTORY, scores).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         if self._logprobs is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
     import xgrammar
 
 _CACHE_BYTES = 256 << 20
+
+
+def check_constraint(structural_tag: str) -> None:
+    """Say what is wrong with a constraint, without compiling it for a tokenizer.
+
+    Raises:
+        ConfigError: it can't be compiled.
+    """
+    import xgrammar
+
+    with _compile_errors():
+        xgrammar.Grammar.from_structural_tag(structural_tag)
 
 
 class GrammarCompiler:
@@ -54,11 +68,8 @@ class GrammarCompiler:
         """
         import xgrammar
 
-        try:
-            with self._lock:
-                compiled = self._compiler.compile_structural_tag(structural_tag)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ConfigError(f"structured_outputs can't be compiled: {_message(error)}") from error
+        with _compile_errors(), self._lock:
+            compiled = self._compiler.compile_structural_tag(structural_tag)
         return GrammarMatcher(xgrammar.GrammarMatcher(compiled), self._vocabulary)
 
 
@@ -86,9 +97,19 @@ class GrammarMatcher:
             raise ConfigError("structured_outputs ask for text that the model has no tokens for")
         return allowed[0]
 
-    def accept(self, token_id: int) -> None:
-        """Take in the token that was chosen."""
+    def accept(self, token_id: int) -> bool:
+        """Take in the token that was chosen; True if it ends the answer, after which nothing may come."""
         self._matcher.accept_token(token_id)
+        return self._matcher.is_terminated()
+
+
+@contextlib.contextmanager
+def _compile_errors() -> Iterator[None]:
+    """What xgrammar raises for a bad constraint, as an error of ours."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(f"structured_outputs can't be compiled: {_message(error)}") from error
 
 
 def _message(error: Exception) -> str:

@@ -98,8 +98,9 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
+    options: Mapping[str, Any],
 ) -> str:
-    """See :meth:`Engine.render_chat`, of a model with some name."""
+    """See :meth:`Engine.render_chat`, of a model with some name; ``options`` are its further ones."""
     if not tokenizer.chat_template:
         raise ConfigError(f"model {name!r} has no chat template: give chat_template, or write the prompt as plain text")
     try:
@@ -109,6 +110,7 @@ def render_chat(
                 tools=[dict(tool) for tool in tools] if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **options,
             )
         )
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:

@@ -28,6 +28,7 @@ from cacheblend_rag.vllm.settings import MOST_KEYS, PARAMS_KEY, Action
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
+_RULED_OUT = -9999.0  # how vLLM writes the log-probability of a token that a constraint forbids
 _AT_ONCE = 32  # requests of one call that are under way at a time
 
 
@@ -103,12 +104,16 @@ class ServerEngine(ConnectedEngine):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """See :meth:`Engine.render_chat`. The server renders its template."""
         body: dict[str, Any] = {
             "model": self.model_name,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
         }
         if tools:
             body["tools"] = [dict(tool) for tool in tools]
@@ -205,7 +210,15 @@ class ServerEngine(ConnectedEngine):
             "seed": params.seed,
             "stop": list(params.stop) or None,
             "logprobs": params.logprobs or 0,  # with the tokens' log-probabilities come their ids
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "logit_bias": {str(token): bias for token, bias in (params.logit_bias or {}).items()} or None,
             "extra_body": {
+                "min_p": params.min_p,
+                "repetition_penalty": params.repetition_penalty,
+                "min_tokens": params.min_tokens,
+                "ignore_eos": params.ignore_eos,
+                "stop_token_ids": list(params.stop_token_ids),
                 "top_k": max(params.top_k, 0),
                 "return_tokens_as_token_ids": True,
                 "skip_special_tokens": params.skip_special_tokens,
@@ -353,9 +366,8 @@ class _Answer:
             for name, logprob, top in zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, tops, strict=True):
                 token = _token_id(name)
                 self.token_ids.append(token)
-                self.logprobs.append(
-                    {**{_token_id(other): value for other, value in (top or {}).items()}, token: logprob}
-                )
+                likely = {_token_id(other): value for other, value in (top or {}).items() if value > _RULED_OUT}
+                self.logprobs.append({**likely, token: logprob})
         self.text += choice.text
         return str(choice.text)
 

@@ -18,6 +18,7 @@ from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.decoding import Sampler, TextStream
 from cacheblend_rag.engines.grammar import GrammarCompiler, GrammarMatcher
 from cacheblend_rag.engines.model_files import render_chat, tokenize_chunk, tokenize_prompt
+from cacheblend_rag.engines.penalties import Penalties
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import PromptReader
 from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
@@ -78,7 +79,8 @@ class TransformersEngine(Engine):
         self.counts: Counter[str] = self._reader.counts
         generation_config = self._loaded.model.generation_config
         eos = generation_config.eos_token_id if generation_config else None
-        self._eos = {*(eos if isinstance(eos, list) else [eos]), self._loaded.tokenizer.eos_token_id}
+        ends = {*(eos if isinstance(eos, list) else [eos]), self._loaded.tokenizer.eos_token_id}
+        self._eos: set[int] = {token for token in ends if token is not None}
         self._grammars: GrammarCompiler | None = None  # made for the first constrained answer
         logger.info(
             "model %s (%s on %s), policy %s, recompute_ratio %s, store %s",
@@ -121,9 +123,12 @@ class TransformersEngine(Engine):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """See :meth:`Engine.render_chat`."""
-        return render_chat(self._loaded.tokenizer, self.model_name, messages, tools, add_generation_prompt)
+        options = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
+        return render_chat(self._loaded.tokenizer, self.model_name, messages, tools, add_generation_prompt, options)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`Engine.decode`."""
@@ -157,19 +162,20 @@ class TransformersEngine(Engine):
     def _prompt_ids(self, prompt: Prompt) -> TokenIds:
         if isinstance(prompt, str):
             return tokenize_prompt(self._loaded.tokenizer, prompt)
-        ids = np.asarray(prompt, np.int32)
+        self._check_vocabulary(prompt, "the prompt")
+        return np.asarray(prompt, np.int32)
+
+    def _check_vocabulary(self, token_ids: Sequence[int], what: str) -> None:
         vocabulary = self._loaded.model.config.vocab_size
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-            raise ConfigError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}")
-        return ids
+        if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
+            raise ConfigError(f"{what}: there are token ids outside the model's vocabulary of {vocabulary}")
 
     def _matcher(self, params: SamplingParams) -> GrammarMatcher | None:
         if params.structured_outputs is None:
             return None
         if self._grammars is None:
             vocabulary = self._loaded.model.config.vocab_size
-            stop_ids = {token for token in self._eos if token is not None}
-            self._grammars = GrammarCompiler(self._loaded.tokenizer, vocabulary, stop_ids)
+            self._grammars = GrammarCompiler(self._loaded.tokenizer, vocabulary, self._eos)
         return self._grammars.matcher(structural_tag(params.structured_outputs))
 
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
@@ -188,12 +194,15 @@ class TransformersEngine(Engine):
         total = len(ids) + params.max_tokens
         tokenized = time.perf_counter()
         matcher = self._matcher(params)
+        self._check_vocabulary([*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids and logit_bias")
         with self._lock:
             prompt_read = self._reader.read_prompt(ids, total, config)
         stats = prompt_read.stats
         stats.match += tokenized - started
         self.counts[stats.decision] += 1
         sampler = Sampler(params, self._loaded.model.device)
+        end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
+        penalties = Penalties(params, ids.tolist(), end_ids)
         text = TextStream(self._loaded.tokenizer, params.stop, params.skip_special_tokens)
         token_ids: list[int] = []
         logprobs: list[dict[int, float]] = []
@@ -203,9 +212,10 @@ class TransformersEngine(Engine):
         while True:
             if params.timeout is not None and time.perf_counter() - started > params.timeout:
                 raise AnswerTimeoutError(f"the answer took more than the timeout of {params.timeout} s")
-            token, token_logprobs = sampler.choose(logits if matcher is None else matcher.constrain(logits))
-            if matcher is not None:
-                matcher.accept(token)
+            allowed = logits if matcher is None else matcher.constrain(logits)
+            token, token_logprobs = sampler.choose(allowed, penalties.apply(allowed))
+            penalties.add(token)
+            complete = matcher is not None and matcher.accept(token)
             if not token_ids:
                 now = time.perf_counter()
                 stats.first_token = now - ready
@@ -213,8 +223,8 @@ class TransformersEngine(Engine):
             token_ids.append(token)
             if token_logprobs is not None:
                 logprobs.append(token_logprobs)
-            piece = "" if token in self._eos else text.add(token)
-            if token in self._eos or text.stopped:
+            piece = "" if token in end_ids or complete else text.add(token)
+            if token in end_ids or text.stopped or complete:
                 finish_reason = "stop"
             elif len(token_ids) == params.max_tokens:
                 finish_reason = "length"

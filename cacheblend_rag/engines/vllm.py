@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 import uuid
 from collections import Counter
@@ -15,6 +16,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.connected import ConnectedEngine
+from cacheblend_rag.engines.grammar import check_constraint
 from cacheblend_rag.engines.model_files import (
     first_line,
     load_tokenizer,
@@ -118,9 +120,12 @@ class VllmEngine(ConnectedEngine):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """See :meth:`Engine.render_chat`."""
-        return render_chat(self._tokenizer, self.model_name, messages, tools, add_generation_prompt)
+        options = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
+        return render_chat(self._tokenizer, self.model_name, messages, tools, add_generation_prompt, options)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`Engine.decode`."""
@@ -182,7 +187,7 @@ class VllmEngine(ConnectedEngine):
             text += completion.text
             token_ids += completion.token_ids
             for entry in completion.logprobs or []:
-                logprobs.append({token: found.logprob for token, found in entry.items()})
+                logprobs.append({token: found.logprob for token, found in entry.items() if found.logprob > -math.inf})
             if output.value.finished:
                 if completion.finish_reason not in ("stop", "length"):
                     raise CacheBlendError(f"vLLM ended the request: {completion.finish_reason}, see its log")
@@ -245,7 +250,11 @@ class VllmEngine(ConnectedEngine):
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        structured = params.structured_outputs
+        structured = None
+        if params.structured_outputs is not None:
+            tag = structural_tag(params.structured_outputs)
+            check_constraint(tag)  # vLLM does not say what is wrong with it
+            structured = StructuredOutputsParams(structural_tag=tag)
         return self._thread.send(
             request_id,
             ids,
@@ -258,7 +267,15 @@ class VllmEngine(ConnectedEngine):
                 stop=list(params.stop),
                 logprobs=params.logprobs,
                 skip_special_tokens=params.skip_special_tokens,
-                structured_outputs=structured and StructuredOutputsParams(structural_tag=structural_tag(structured)),
+                min_p=params.min_p,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                repetition_penalty=params.repetition_penalty,
+                logit_bias=dict(params.logit_bias) if params.logit_bias else None,
+                min_tokens=params.min_tokens,
+                ignore_eos=params.ignore_eos,
+                stop_token_ids=list(params.stop_token_ids),
+                structured_outputs=structured,
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={"kv_transfer_params": extra},
             ),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cacheblend_rag.errors import AnswerTimeoutError, CacheBlendError
+from cacheblend_rag.errors import AnswerTimeoutError, CacheBlendError, ConfigError
 from cacheblend_rag.vllm.compat import wake
 
 
@@ -114,9 +114,11 @@ class EngineThread:
         def add(engine: Any) -> None:
             try:
                 engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params, arrival_time=arrived)
-            except Exception as error:
+            except Exception as error:  # of several kinds, by vLLM's release
                 del self._requests[request_id]
-                request.put(error)
+                refused = ConfigError(f"vLLM refuses the request: {' '.join(str(error).split())}")
+                refused.__cause__ = error
+                request.put(refused)
 
         with self._lock:
             if self._end is not None:

@@ -135,7 +135,7 @@ class Templated:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        return render_chat(self._tokenizer, "some", messages, tools, add_generation_prompt)
+        return render_chat(self._tokenizer, "some", messages, tools, add_generation_prompt, {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_what_can_not_be_read_is_one_clear_error(
 
 def test_a_model_without_a_template(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
-        render_chat(byte_tokenizer, "mine", [{"role": "user", "content": "?"}], None, True)
+        render_chat(byte_tokenizer, "mine", [{"role": "user", "content": "?"}], None, True, {})
 
 
 def test_the_template_of_a_real_model() -> None:

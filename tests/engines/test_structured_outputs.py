@@ -121,14 +121,14 @@ def test_logprobs_are_over_what_is_left(engine: TransformersEngine, prompt: str)
 
 
 def test_answers_side_by_side_do_not_meet(engine: TransformersEngine, prompt: str) -> None:
-    kinds = [*(constraint for constraint, _ in KINDS), None]
-    alone = [engine.generate(prompt, max_tokens=24, structured_outputs=kind).token_ids for kind in kinds]
+    kinds = [KINDS[0][0], SENTENCE, None]
+    alone = [engine.generate(prompt, max_tokens=12, structured_outputs=kind).token_ids for kind in kinds]
     found: dict[int, list[int]] = {}
     start = threading.Barrier(len(kinds))
 
     def ask(number: int) -> None:
         start.wait()
-        found[number] = engine.generate(prompt, max_tokens=24, structured_outputs=kinds[number]).token_ids
+        found[number] = engine.generate(prompt, max_tokens=12, structured_outputs=kinds[number]).token_ids
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(kinds))]
     for thread in threads:
@@ -136,8 +136,15 @@ def test_answers_side_by_side_do_not_meet(engine: TransformersEngine, prompt: st
     for thread in threads:
         thread.join()
     assert [found[number] for number in range(len(kinds))] == alone
-    batch = engine.generate([prompt, prompt], max_tokens=24, structured_outputs=kinds[0])
+    batch = engine.generate([prompt, prompt], max_tokens=12, structured_outputs=kinds[0])
     assert [answer.token_ids for answer in batch] == [alone[0], alone[0]]
+
+
+def test_a_complete_answer_ends_even_where_the_end_is_ignored(engine: TransformersEngine, prompt: str) -> None:
+    choice = {"choice": ["yes", "no"]}
+    answer = engine.generate(prompt, max_tokens=12, structured_outputs=choice, ignore_eos=True)
+    assert answer.text in ("yes", "no")
+    assert answer.finish_reason == "stop"
 
 
 BAD: list[tuple[Any, str]] = [

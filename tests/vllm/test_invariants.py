@@ -3,29 +3,37 @@ on real vLLM: SmolLM2 and small random models of every kind, in float32, with po
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cacheblend_rag import policies
+from cacheblend_rag import ConfigError, load_engine, policies
+from cacheblend_rag.chat import ToolFormat, ToolParser
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.vllm.forward import PagedForward
 
 from .conftest import (
+    BLEND,
     CHUNKS,
     MOE,
+    PRIMER,
     WIDE,
     Case,
     Engines,
+    assert_alike,
     computed_kv,
     connectors,
     forget_prefixes,
     inject_exact_kv,
     moved_logits,
+    together,
 )
 
 TOLERANCE = 1e-4  # largest absolute difference of logits, float32
@@ -144,3 +152,89 @@ def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case, policy: str) 
             assert mine.logprobs is not None and theirs.logprobs is not None
             for a, b in zip(mine.logprobs, theirs.logprobs, strict=True):
                 assert all(abs(a[t] - b[t]) < TOLERANCE for t in a.keys() & b.keys())
+
+
+# Constrained answers
+
+
+HERMES = ToolFormat(
+    opening="",
+    before_name='<tool_call>\n{"name": "',
+    before_arguments='", "arguments": ',
+    after_arguments="}\n</tool_call>",
+    after_id=None,
+    separator="\n",
+    closing="",
+    marker="<tool_call>",
+    call_marker="<tool_call>",
+    in_json=True,
+    single=False,
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "parameters": {"type": "object", "properties": {"page": {"enum": [1, 2]}}, "required": ["page"]},
+    },
+}
+TAG = {
+    "type": "structural_tag",
+    "format": {"type": "tag", "begin": "<p>", "content": {"type": "regex", "pattern": "[1-6]{2}"}, "end": "</p>"},
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"passage": {"type": "string", "maxLength": 12}, "number": {"type": "integer"}},
+    "required": ["passage", "number"],
+}
+
+
+@pytest.mark.parametrize("directory", ["smollm2"], indirect=True)
+def test_constrained_answers_are_those_of_the_embedded_engine(case: Case, directory: str) -> None:
+    blended, free = case.prompt(0), {"max_tokens": 4, "blend": {"mode": "off"}}
+    plain = case.engine.generate(blended, **free)
+    constraints = [
+        {"json": SCHEMA},
+        {"choice": ["the first", "the second"]},
+        {"structural_tag": TAG},
+        {"structural_tag": HERMES.constraint([TOOL], required=True, parallel=False)},
+    ]
+    asked: list[tuple[str | list[int], dict[str, Any]]] = [
+        (blended, {"max_tokens": 40, "structured_outputs": constraint, "logprobs": 3}) for constraint in constraints
+    ]
+    answers = together(case.engine, asked)
+    with load_engine(directory, dtype="float32", primer=PRIMER, namespace="test", blend=BLEND) as embedded:
+        embedded.warm(CHUNKS)
+        expected = [embedded.generate(text, **settings) for text, settings in asked]
+    assert_alike(answers, expected, 2e-3)
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    for answer in answers:
+        assert answer.stats.reused_tokens > 0
+        assert answer.finish_reason == "stop"
+        assert all(logprob > -1e3 for logprobs in answer.logprobs or [] for logprob in logprobs.values())
+    assert answers[0].stats.reused_tokens > 100  # those behind it go on from its blocks
+    assert list(json.loads(answers[0].text)) == ["passage", "number"]
+    assert answers[1].text in ("the first", "the second")
+    assert re.fullmatch("<p>[1-6]{2}</p>", answers[2].text)
+    (call,) = ToolParser(HERMES).parse(answers[3].text).tool_calls
+    assert call.name == "look_up"
+    assert json.loads(call.arguments)["page"] in (1, 2)
+    assert case.engine.generate(blended, **free).token_ids == plain.token_ids  # nothing is left of it
+
+
+@pytest.mark.parametrize("directory", ["smollm2"], indirect=True)
+def test_bad_constraints_are_one_clear_line_and_the_engine_goes_on(case: Case) -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(200):
+        deep = {"type": "array", "items": deep}
+    for constraint, words in (
+        ({"json": {"type": "nonsense"}}, 'Unsupported type "nonsense"'),
+        ({"regex": "(["}, "Unclosed"),
+        ({"grammar": "root ::= other"}, '"other" is not defined'),
+        ({"structural_tag": {"format": 1}}, "structural tag"),
+        ({"yaml": ""}, "one entry of json"),
+        ({"json": deep}, "vLLM refuses the request: The JSON schema is nested too deeply"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)) as error:
+            case.engine.generate("Once", max_tokens=2, structured_outputs=constraint)
+        assert len(str(error.value).splitlines()) == 1
+    assert case.engine.generate("Once", max_tokens=2).text

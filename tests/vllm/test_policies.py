@@ -37,6 +37,7 @@ def embedded(directory: str, store: Path) -> Iterator[TransformersEngine]:
         device="cpu",
         primer=PRIMER,
         namespace="test",
+        chat_template=None,
         engine_args={},
     )
     engine.warm(CHUNKS)
@@ -89,3 +90,22 @@ def test_both_engines_choose_alike(
         )
         if chosen == expected:
             assert mine.token_ids == theirs.token_ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+        {"logit_bias": {7: 3.0, 9: -100.0}, "min_tokens": 6},
+    ],
+    ids=str,
+)
+def test_both_engines_penalise_alike(
+    engines: Engines, directory: str, store: Path, embedded: TransformersEngine, settings: dict[str, Any]
+) -> None:
+    engine = engines.get(directory, store)
+    for seed in range(3):
+        prompt = Case(engine, CHUNKS).prompt(seed)
+        arguments = {"max_tokens": 8, "blend": {"mode": "off"}, **settings}
+        assert engine.generate(prompt, **arguments).token_ids == embedded.generate(prompt, **arguments).token_ids

@@ -20,7 +20,10 @@ import openai
 import pytest
 
 from cacheblend_rag import BlendConfig, ConfigError, PromptTooLongError, ServerError, UnsupportedModelError, load_engine
+from cacheblend_rag.chat import prepare_chat
+from cacheblend_rag.chat.tool_format import find_tool_format
 from cacheblend_rag.engines.base import SamplingParams
+from cacheblend_rag.engines.model_files import load_tokenizer, render_chat
 from cacheblend_rag.engines.server import ServerEngine
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.errors import ChunkTooLongError
@@ -31,7 +34,10 @@ from .servers import BARE, SERVE, free_port, serving, transfer_config
 CHUNKS = [random_text(seed, 300 + 10 * seed) for seed in range(6)]
 TEMPLATE = """{%- if tools %}Tools: {{ tools | tojson }}
 {% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
+{{ message.content }}{%- for call in message.tool_calls or [] %}
+{{ '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{ '}\n</tool_call>' }}
+{%- endfor %}<|im_end|>
 {% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 TOOL = {
@@ -386,6 +392,57 @@ def test_templates_and_tokens_are_the_servers(engine: ServerEngine) -> None:
     text = engine.render_chat([{"role": "user", "content": "hello"}])
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert engine.count_tokens("hello world") == 2
+
+
+def test_chats_with_tools_are_those_of_the_template(engine: ServerEngine, folder: Path, smollm2: str) -> None:
+    tokenizer = load_tokenizer(smollm2, Path(smollm2), str(folder / "template.jinja"))
+    call = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "é"}'}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "A word.", "tool_call_id": "call00001"},
+    ]
+    for tools in (None, [TOOL]):
+        for add in (True, False):
+            expected = render_chat(tokenizer, "smol", messages, tools, add, {})
+            assert engine.render_chat(messages, tools=tools, add_generation_prompt=add) == expected
+            assert ("Looks a word up." in expected, expected.endswith("assistant\n")) == (bool(tools), add)
+
+    def local(messages: Any, *, tools: Any = None, add_generation_prompt: bool = True) -> str:
+        return render_chat(tokenizer, "smol", messages, tools, add_generation_prompt, {})
+
+    assert engine.tool_format == find_tool_format(local, "smol")
+    chat = prepare_chat(engine, messages[:1], tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
+    answer = engine.generate(chat.prompt, max_tokens=40, **chat.sampling)
+    assert [(called.name, json.loads(called.arguments)) for called in chat.parse(answer.text).tool_calls] == [
+        ("look_up", {})
+    ]
+    ids = engine._tokenize(chat.prompt)
+    assert engine.decode(ids) == chat.prompt  # special tokens too
+
+
+def test_constrained_answers_are_those_of_the_embedded_engine(
+    engine: ServerEngine, embedded: TransformersEngine
+) -> None:
+    schema = {"type": "object", "properties": {"number": {"type": "integer", "maximum": 99}}, "required": ["number"]}
+    plain = engine.generate(prompt(40), max_tokens=3)
+    for seed, constraint in ((41, {"json": schema}), (42, {"choice": ["the first", "the second"]})):
+        settings: dict[str, Any] = {"max_tokens": 30, "structured_outputs": constraint, "logprobs": 3}
+        mine, theirs = (one.generate(prompt(seed), **settings) for one in (engine, embedded))
+        assert (mine.text, mine.token_ids) == (theirs.text, theirs.token_ids)
+        assert mine.stats.segments == theirs.stats.segments == 4
+        assert mine.stats.reused_tokens > 100
+        assert mine.logprobs is not None and theirs.logprobs is not None
+        assert [logprobs.keys() for logprobs in mine.logprobs] == [logprobs.keys() for logprobs in theirs.logprobs]
+        assert "".join(engine.stream(prompt(seed), **settings)) == mine.text
+        if "json" in constraint:
+            assert json.loads(mine.text)["number"] <= 99
+    assert engine.generate(prompt(40), max_tokens=3).token_ids == plain.token_ids
+    for bad in ({"json": {"type": "nonsense"}}, {"regex": "(["}, {"yaml": ""}):
+        with pytest.raises(ConfigError) as error:
+            engine.generate("x", max_tokens=2, structured_outputs=bad)
+        assert len(str(error.value).splitlines()) == 1
+    assert engine.generate(prompt(40), max_tokens=3).token_ids == plain.token_ids
 
 
 def test_bad_requests_are_one_clear_line(engine: ServerEngine) -> None:

@@ -37,9 +37,11 @@ from pydantic import BaseModel, Field
 from langchain_cacheblend.engine_model import (
     SAMPLING,
     EngineModel,
+    answer_info,
     langchain_errors,
     override,
     refuse_unknown,
+    requests,
 )
 
 _CHAT_SETTINGS = (
@@ -50,6 +52,8 @@ _CHAT_SETTINGS = (
     "structured_outputs",
     "logprobs",
     "top_logprobs",
+    "continue_final_message",
+    "chat_template_kwargs",
 )
 StructuredOutputMethod = Literal["json_schema", "function_calling", "json_mode"]
 
@@ -66,9 +70,10 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
     Tools are described to the model by its chat template and called in the template's own format. Decoding is
     constrained: calls always fit the schemas of their tools.
 
-    A call may override the settings ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``,
-    ``logprobs``, ``top_logprobs`` and single settings of ``blend``, and constrain its answer by ``structured_outputs``
-    (see ``cacheblend_rag.structured``) or ``response_format`` (as in OpenAI's API).
+    A call may override the settings, and single ones of ``blend``: ``model.invoke(messages, max_tokens=10,
+    blend={"recompute_ratio": 0.3})``. It may constrain its answer by ``structured_outputs`` (see
+    ``cacheblend_rag.structured``) or ``response_format`` (as in OpenAI's API), and have it go on with a last message of
+    the assistant by ``continue_final_message=True``.
 
     ``usage_metadata`` of an answer divides the prompt's tokens among ``cache_read`` (their KV was reused, shifted or as
     an exact prefix), ``cacheblend_recomputed`` and ``cacheblend_missed``. ``response_metadata`` holds ``model_name``,
@@ -79,11 +84,13 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         logprobs: Return the log-probability of each token.
         top_logprobs: And those of this many of the most likely tokens.
         streaming: Have ``invoke`` stream to callbacks.
+        chat_template_kwargs: Further variables of the chat template, such as ``enable_thinking``.
     """
 
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0)
     streaming: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def _llm_type(self) -> str:
@@ -91,7 +98,8 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {**super()._identifying_params, "logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
+        names = ("logprobs", "top_logprobs", "chat_template_kwargs")
+        return {**super()._identifying_params, **{name: getattr(self, name) for name in names}}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         # LangChain's own key for its cache of answers knows nothing of an engine that was given.
@@ -199,8 +207,8 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with langchain_errors():
-            chat, request = self._prepare(messages, stop, kwargs)
-            return self._result(chat, self.engine.generate(chat.prompt, **request))
+            chat, wanted = self._prepare(messages, stop, kwargs)
+            return self._result(chat, [self.engine.generate(chat.prompt, **request) for request in wanted])
 
     async def _agenerate(
         self,
@@ -211,9 +219,9 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
     ) -> ChatResult:
         with langchain_errors():
             # A server renders the messages, and tells the text of tokens.
-            chat, request = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
-            answer = await self.engine.agenerate(chat.prompt, **request)
-            return await asyncio.to_thread(self._result, chat, answer)
+            chat, wanted = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+            answers = await asyncio.gather(*(self.engine.agenerate(chat.prompt, **request) for request in wanted))
+            return await asyncio.to_thread(self._result, chat, answers)
 
     def _stream(
         self,
@@ -223,7 +231,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with langchain_errors():
-            chat, request = self._prepare(messages, stop, kwargs)
+            chat, (request,) = self._prepare(messages, stop, {**kwargs, "n": 1})
             parser = chat.stream_parser()
             for piece in self.engine.stream(chat.prompt, **request):
                 for chunk in self._chunks(parser, piece, piece.generation):
@@ -239,7 +247,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         with langchain_errors():
-            chat, request = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+            chat, (request,) = await asyncio.to_thread(self._prepare, messages, stop, {**kwargs, "n": 1})
             parser = chat.stream_parser()
             async for piece in self.engine.astream(chat.prompt, **request):
                 for chunk in await asyncio.to_thread(self._chunks, parser, piece, piece.generation):
@@ -249,9 +257,9 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
 
     def _prepare(
         self, messages: list[BaseMessage], stop: list[str] | None, settings: Mapping[str, Any]
-    ) -> tuple[ChatPrompt, dict[str, Any]]:
-        """The prompt, and keyword arguments for the engine."""
-        refuse_unknown(settings, ["blend", *SAMPLING, *_CHAT_SETTINGS])
+    ) -> tuple[ChatPrompt, list[dict[str, Any]]]:
+        """The prompt, and keyword arguments for the engine for each answer."""
+        refuse_unknown(settings, ["blend", "n", *SAMPLING, *_CHAT_SETTINGS])
         chat = prepare_chat(
             self.engine,
             _openai_messages(messages),
@@ -259,15 +267,22 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
             tool_choice=_tool_choice(settings.get("tool_choice")),
             parallel_tool_calls=settings.get("parallel_tool_calls", True),
             structured_outputs=_structured_outputs(settings),
+            continue_final_message=settings.get("continue_final_message", False),
+            chat_template_kwargs={**self.chat_template_kwargs, **(settings.get("chat_template_kwargs") or {})},
         )
         request = {name: settings.get(name, getattr(self, name)) for name in SAMPLING}
         if stop is not None:
             request["stop"] = stop
         if settings.get("logprobs", self.logprobs):
             request["logprobs"] = settings.get("top_logprobs", self.top_logprobs) or 0
-        return chat, {**chat.sampling, **request, "blend": override(self.blend, settings.get("blend"))}
+        request |= {**chat.sampling, "blend": override(self.blend, settings.get("blend"))}
+        return chat, requests(request, settings.get("n", self.n))
 
-    def _result(self, chat: ChatPrompt, answer: Generation) -> ChatResult:
+    def _result(self, chat: ChatPrompt, answers: Sequence[Generation]) -> ChatResult:
+        generations = [self._chat_generation(chat, answer) for answer in answers]
+        return ChatResult(generations=generations, llm_output={"model_name": self.model})
+
+    def _chat_generation(self, chat: ChatPrompt, answer: Generation) -> ChatGeneration:
         reply = chat.parse(answer.text)
         calls: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
@@ -286,10 +301,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
             usage_metadata=_usage(answer),
             response_metadata=metadata,
         )
-        info = {"finish_reason": metadata["finish_reason"]}
-        return ChatResult(
-            generations=[ChatGeneration(message=message, generation_info=info)], llm_output={"model_name": self.model}
-        )
+        return ChatGeneration(message=message, generation_info={"finish_reason": metadata["finish_reason"]})
 
     def _chunks(self, parser: ToolParser, piece: str, answer: Generation | None) -> list[ChatGenerationChunk]:
         """Chunks of a message, of a piece of a streamed answer; ``answer`` is the whole one, with the last piece."""
@@ -310,33 +322,10 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         ]
 
     def _metadata(self, answer: Generation, *, called: bool) -> dict[str, Any]:
-        metadata: dict[str, Any] = {
-            "model_name": self.model,
-            "model_provider": "cacheblend",
-            "finish_reason": "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason,
-            "ttft": answer.stats.ttft,
-            "decision": answer.stats.decision,
-            "stats": answer.stats.to_dict(),
-        }
-        if answer.logprobs is not None:
-            metadata["logprobs"] = {"content": self._openai_logprobs(answer.token_ids, answer.logprobs)}
-        return metadata
-
-    def _openai_logprobs(self, token_ids: list[int], logprobs: list[dict[int, float]]) -> list[dict[str, Any]]:
-        texts = {token: self.engine.decode([token]) for token in {token for entry in logprobs for token in entry}}
-
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            return {"token": texts[token], "bytes": list(texts[token].encode()), "logprob": logprob}
-
-        return [
-            {
-                **entry(token, found[token]),
-                "top_logprobs": [
-                    entry(*top) for top in sorted(found.items(), key=operator.itemgetter(1), reverse=True)
-                ],
-            }
-            for token, found in zip(token_ids, logprobs, strict=True)
-        ]
+        info = answer_info(self.engine, answer)
+        if called and answer.finish_reason == "stop":
+            info["finish_reason"] = "tool_calls"
+        return {"model_name": self.model, "model_provider": "cacheblend", **info}
 
 
 class _WholeJson(JsonOutputParser):

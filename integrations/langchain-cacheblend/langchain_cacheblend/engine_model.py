@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +33,24 @@ _LOAD_SETTINGS = (
 _PATIENCE = ("timeout", "max_retries")  # change no answer
 _API_KEY_VARIABLE = "CACHEBLEND_API_KEY"
 _SECRET_ENGINE_ARGS = {"api_key", "token"}
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout", "max_retries")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "timeout",
+    "max_retries",
+)
 """Settings of both classes, and of their calls, that are fields of ``SamplingParams``."""
 
 
@@ -51,8 +69,17 @@ class EngineModel(Serializable):
         temperature: 0 is greedy.
         top_p: Keep the most likely tokens up to this total probability.
         top_k: Keep this many of the most likely tokens; 0 or -1 keeps all.
+        min_p: Keep the tokens that are at least this share as likely as the most likely one.
         seed: Makes sampling repeatable.
         stop: Strings that end the answer.
+        stop_token_ids: Tokens that end the answer.
+        min_tokens: Fewest tokens before the answer may end by itself.
+        ignore_eos: Go on after an end-of-sequence token.
+        presence_penalty: See ``cacheblend_rag.engines.sampling.SamplingParams``, and so the next three.
+        frequency_penalty: See there.
+        repetition_penalty: See there.
+        logit_bias: See there.
+        n: Answers to each prompt; with a seed, the second has the next seed, and so on. Streams give one.
         timeout: Seconds to wait for an answer; with a server, for each of its messages.
         max_retries: How often a request that a server did not take is sent again.
         api_key: The server's, by default from the environment variable CACHEBLEND_API_KEY. An engine that was given has
@@ -68,8 +95,17 @@ class EngineModel(Serializable):
     temperature: float = SamplingParams.temperature
     top_p: float = SamplingParams.top_p
     top_k: int = SamplingParams.top_k
+    min_p: float = SamplingParams.min_p
     seed: int | None = None
     stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int = SamplingParams.min_tokens
+    ignore_eos: bool = SamplingParams.ignore_eos
+    presence_penalty: float = SamplingParams.presence_penalty
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    repetition_penalty: float = SamplingParams.repetition_penalty
+    logit_bias: dict[int, float] | None = None
+    n: int = Field(default=1, ge=1)
     timeout: float | None = None
     max_retries: int | None = None
     api_key: SecretStr | None = Field(default_factory=secret_from_env(_API_KEY_VARIABLE, default=None))
@@ -136,6 +172,7 @@ class EngineModel(Serializable):
             "model": self.model,
             "scope": self.engine.scope.digest,
             "blend": plain(self.blend),
+            "n": self.n,
             **{name: getattr(self, name) for name in SAMPLING if name not in _PATIENCE},
         }
 
@@ -177,6 +214,37 @@ def langchain_errors() -> Iterator[None]:
         raise PromptOverflowError(str(error)) from error
 
 
+def requests(request: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
+    """Keyword arguments for the engine for each of ``n`` answers to a prompt.
+
+    Raises:
+        ConfigError: ``n`` is no whole number from 1.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"n must be a whole number from 1, not {n!r}")
+    seed = request["seed"]
+    return [{**request, "seed": None if seed is None else seed + number} for number in range(n)]
+
+
+def openai_logprobs(engine: Engine, answer: Generation) -> dict[str, Any] | None:
+    """The log-probabilities of an answer in OpenAI's format for chats; None if there are none."""
+    if answer.logprobs is None:
+        return None
+    texts = {token: engine.decode([token]) for token in {token for entry in answer.logprobs for token in entry}}
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": texts[token], "bytes": list(texts[token].encode()), "logprob": logprob}
+
+    content = [
+        {
+            **entry(token, found[token]),
+            "top_logprobs": [entry(*top) for top in sorted(found.items(), key=operator.itemgetter(1), reverse=True)],
+        }
+        for token, found in zip(answer.token_ids, answer.logprobs, strict=True)
+    ]
+    return {"content": content}
+
+
 def refuse_unknown(settings: Mapping[str, Any], known: list[str]) -> None:
     """Refuse misspelt settings.
 
@@ -198,6 +266,14 @@ def plain(blend: BlendConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(blend), "check_layers": list(blend.check_layers)}
 
 
-def answer_info(answer: Generation) -> dict[str, Any]:
-    """How an answer ended and how its prompt was read."""
-    return {"finish_reason": answer.finish_reason, "stats": answer.stats.to_dict(), "ttft": answer.stats.ttft}
+def answer_info(engine: Engine, answer: Generation) -> dict[str, Any]:
+    """How an answer ended, how its prompt was read, and its log-probabilities if they were asked for."""
+    stats = answer.stats
+    info = {
+        "finish_reason": answer.finish_reason,
+        "ttft": stats.ttft,
+        "decision": stats.decision,
+        "stats": stats.to_dict(),
+    }
+    logprobs = openai_logprobs(engine, answer)
+    return info if logprobs is None else {**info, "logprobs": logprobs}

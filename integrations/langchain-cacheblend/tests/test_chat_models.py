@@ -365,3 +365,43 @@ class Long(BaseModel):
 def test_limits_of_a_schema_hold(model: ChatCacheBlend) -> None:
     long: Any = model.with_structured_output(Long, max_tokens=60).invoke("Tell a long story.")
     assert isinstance(long, Long)
+
+
+async def test_several_answers(model: ChatCacheBlend) -> None:
+    prompt = [HumanMessage("Once upon a time")]
+    settings: dict[str, Any] = {"n": 2, "temperature": 1.5, "seed": 3}
+    first, second = model.generate([prompt], **settings).generations[0]
+    assert first.text != second.text
+    assert [first.text, second.text] == [model.invoke(prompt, temperature=1.5, seed=seed).content for seed in (3, 4)]
+    again = (await model.agenerate([prompt], **settings)).generations[0]
+    assert [generation.text for generation in again] == [first.text, second.text]
+    with pytest.raises(ConfigError, match="n must"):
+        model.invoke(prompt, n=0)
+
+
+def test_an_answer_goes_on_from_its_beginning(model: ChatCacheBlend) -> None:
+    messages = [HumanMessage("Count."), AIMessage("one, two, three, four,")]
+    going_on = str(model.invoke(messages, continue_final_message=True).content)
+    assert going_on.split()[0].startswith("five")
+
+
+def test_variables_of_the_template(chat_engine: Engine) -> None:
+    template = "{% if shout %}SHOUT {% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat_engine_template, tokenizer = chat_engine._loaded.tokenizer.chat_template, chat_engine._loaded.tokenizer  # type: ignore[attr-defined]
+    tokenizer.chat_template = template
+    try:
+        loud = ChatCacheBlend(engine=chat_engine, max_tokens=1, chat_template_kwargs={"shout": True})
+        count = loud.invoke("a").usage_metadata, loud.invoke("a", chat_template_kwargs={"shout": False}).usage_metadata
+    finally:
+        tokenizer.chat_template = chat_engine_template
+    assert count[0] is not None and count[1] is not None
+    assert count[0]["input_tokens"] > count[1]["input_tokens"]
+
+
+def test_penalties(model: ChatCacheBlend) -> None:
+    plain = model.invoke("Hello", max_tokens=2)
+    token = model.engine.generate("x", max_tokens=1).token_ids[0]
+    biased = model.invoke("Hello", max_tokens=2, logit_bias={token: 100}, repetition_penalty=1.0)
+    assert biased.content == model.engine.decode([token, token]) != plain.content
+    own = ChatCacheBlend(engine=model.engine, max_tokens=2, logit_bias={token: 100})
+    assert own.invoke("Hello").content == biased.content

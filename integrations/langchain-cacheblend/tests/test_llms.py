@@ -302,3 +302,36 @@ def test_identifying_params(llm: CacheBlendLLM, engine: Engine) -> None:
     ):
         other = CacheBlendLLM(engine=engine, **{"max_tokens": LENGTH, **change})
         assert other._identifying_params != llm._identifying_params
+
+
+@every_call
+async def test_logprobs(llm: CacheBlendLLM, prompt: str, answer: str, call: Call) -> None:
+    recorder = Recorder()
+    await call(llm, prompt, logprobs=1, config={"callbacks": [recorder]})
+    info = recorder.results[-1].generations[0][0].generation_info
+    assert info is not None
+    content = info["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == answer
+    assert all(entry["top_logprobs"][0]["logprob"] == entry["logprob"] <= 0 for entry in content)
+
+
+async def test_several_answers(llm: CacheBlendLLM, prompt: str) -> None:
+    settings: dict[str, Any] = {"n": 2, "temperature": 1.5, "seed": 3}
+    other = "Once upon a time"
+    results = [llm.generate([prompt, other], **settings), await llm.agenerate([prompt, other], **settings)]
+    expected = [[llm.invoke(one, temperature=1.5, seed=seed) for seed in (3, 4)] for one in (prompt, other)]
+    for result in results:
+        assert [[generation.text for generation in to_one] for to_one in result.generations] == expected
+
+
+@every_call
+async def test_timeout(llm: CacheBlendLLM, prompt: str, call: Call) -> None:
+    with pytest.raises(TimeoutError, match=r"0\.001 s"):
+        await call(llm, prompt, timeout=0.001)
+
+
+async def test_a_hundred_at_once(llm: CacheBlendLLM) -> None:
+    words = [f"{word}{number}" for number in range(20) for word in ("red", "blue", "old", "new", "low")]
+    biased = [llm.engine.generate(word, max_tokens=1, blend={"mode": "off"}).text for word in words]
+    calls = (llm.ainvoke(word, max_tokens=1, blend={"mode": "off"}) for word in words)
+    assert await asyncio.gather(*calls) == biased

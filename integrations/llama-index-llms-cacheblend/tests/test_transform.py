@@ -24,7 +24,8 @@ from llama_index.llms.cacheblend import CacheBlendPipeline, CacheBlendTransform
 Passages = Callable[..., list[str]]
 FullDisk = Callable[[], AbstractContextManager[None]]
 AssertLoopRuns = Callable[[Awaitable[object]], Awaitable[None]]
-SPLITTER = SentenceSplitter(chunk_size=64, chunk_overlap=0, paragraph_separator="\n\n")
+# Words for tokens: LlamaIndex's own tokenizer needs the network where it is unpickled.
+SPLITTER = SentenceSplitter(chunk_size=40, chunk_overlap=0, paragraph_separator="\n\n", tokenizer=str.split)
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_an_edited_split_or_reembedded_document(
     IngestionPipeline(transformations=[SPLITTER, transform]).run(documents=document)
     assert engine.stored_keys() == stored
     # Split otherwise: other chunks, but for those that come out the same.
-    coarse = SentenceSplitter(chunk_size=128, chunk_overlap=0, paragraph_separator="\n\n")
+    coarse = SentenceSplitter(chunk_size=70, chunk_overlap=0, paragraph_separator="\n\n", tokenizer=str.split)
     nodes = IngestionPipeline(transformations=[coarse, transform]).run(documents=document)
     texts = [node.get_content() for node in nodes]
     assert len(texts) < 4
@@ -268,18 +269,17 @@ def test_copies_and_serialisation(engine: Engine, transform: CacheBlendTransform
         engine.settings = settings
 
 
-@pytest.mark.parametrize("use_async", [False, True], ids=["spawned", "forked"])
-async def test_worker_processes(
-    engine: Engine, passages: Passages, embedding: Any, tmp_path: Path, use_async: bool
-) -> None:
-    """Each opens the engine again. Chunks that go are evicted there, and by the pipeline."""
+@pytest.mark.parametrize(
+    "use_async", [pytest.param(False, marks=pytest.mark.slow, id="spawned"), pytest.param(True, id="forked")]
+)
+async def test_worker_processes(engine: Engine, passages: Passages, embedding: Any, use_async: bool) -> None:
+    """Each opens the engine again; what they write down counts here."""
     texts = passages(4)
     transform = CacheBlendTransform(engine=engine)
     pipeline = _pipeline(transform, embedding, DocstoreStrategy.UPSERTS_AND_DELETE, CacheBlendPipeline)
-    pipeline.transformations = [SPLITTER, transform]  # the embedding of the tests can't be imported elsewhere
+    pipeline.transformations = [transform]  # LlamaIndex pickles a splitter without its settings
     documents = _documents(**{f"d{n}": text for n, text in enumerate(texts[:3])})
     assert await _run(pipeline, use_async, documents, num_workers=2) == texts[:3]
     assert engine.is_warm(texts) == [True, True, True, False]
-    # In this process: what the workers wrote down counts here.
     await _run(pipeline, use_async, _documents(d0=texts[0], d1=texts[3]))
     assert engine.is_warm(texts) == [True, False, False, True]

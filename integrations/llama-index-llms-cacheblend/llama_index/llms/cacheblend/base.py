@@ -289,8 +289,8 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
             raise ValueError(f"expected at least one tool call, but the model answered {response.message.content!r}")
         return calls
 
-    # LlamaIndex asks a model without tools for JSON in words, and one with tools for a call, but does not require it when
-    # it streams. Here the answer can't be anything else.
+    # LlamaIndex asks a model without tools for JSON in words, and one with tools for a call, which it does not require
+    # when it streams. Here the answer can't be anything else.
 
     def structured_predict(
         self,

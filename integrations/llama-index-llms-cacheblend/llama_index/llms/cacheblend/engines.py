@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import multiprocessing
 import os
 import pickle
 import threading
@@ -19,7 +20,6 @@ from pydantic import BaseModel, PrivateAttr
 # "blend" has defaults of its own in each component.
 LOAD_SETTINGS = tuple(name for name in inspect.signature(load_engine).parameters if name not in ("engine", "blend"))
 
-_IMPORTED_IN = os.getpid()
 _opened: dict[tuple[int, bytes], Engine] = {}  # by process: a forked one must not use its parent's
 _opening = threading.Lock()
 
@@ -170,12 +170,16 @@ def _open(settings: bytes) -> Engine:
     with _opening:
         key = (os.getpid(), settings)
         if key not in _opened:
-            if os.getpid() != _IMPORTED_IN:
-                # A forked process has its parent's thread pools, but not their threads: torch would wait for them.
-                with contextlib.suppress(ImportError):
-                    import torch
-
-                    torch.set_num_threads(1)
+            if multiprocessing.parent_process() is not None:
+                _use_one_thread()
             arguments = pickle.loads(settings)
             _opened[key] = load_engine(arguments.pop("model"), **arguments)
         return _opened[key]
+
+
+def _use_one_thread() -> None:
+    """Workers are there to use one core each, and a forked one has its parent's thread pools without the threads."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
