@@ -18,7 +18,7 @@ demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Wa
 vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no GPU.
 
 test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-slow: export CACHEBLEND_TEST_TOOL_MODEL ?= $(CURDIR)/$(MODELS)/qwen2.5-coder-0.5b-instruct
 test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/qwen2.5-coder-0.5b-instruct ## Tests that take minutes.

@@ -39,6 +39,7 @@ def run(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def run(script: str, *arguments: str | Path) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--models", str(models)])
@@ -99,6 +100,10 @@ def test_ingest_and_ask(
     assert "first words after" in capsys.readouterr().out
     assert chunk_files(work) == third  # all that the prompt held was warm
 
+    if framework == "langchain":  # the other one needs a package that is not among our dependencies
+        run("langchain/app_before.py", "--work", work, "--passages", "2", "--max-tokens", "2")
+        assert "first words after" in capsys.readouterr().out
+
 
 def ask(framework: str, run: Run, work: Path) -> dict[str, int]:
     """How the prompt of app_after.py was read, in tokens."""
@@ -142,14 +147,7 @@ def collected_usage(framework: str) -> Iterator[dict[str, int]]:
         handlers.remove(collect)
 
 
-def test_app_before(run: Run, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = tmp_path / "work"
-    run("langchain/ingest.py", docs, "--work", work)
-    run("langchain/app_before.py", "--work", work, "--passages", "2", "--max-tokens", "2")
-    assert "first words after" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("framework", "removed", "added"), [("langchain", 3, 4), ("llama_index", 10, 6)])
+@pytest.mark.parametrize(("framework", "removed", "added"), [("langchain", 3, 4), ("llama_index", 4, 3)])
 def test_little_changes_in_an_app(framework: str, removed: int, added: int) -> None:
     before, after = ((EXAMPLES / framework / f"app_{when}.py").read_text().splitlines() for when in ("before", "after"))
     changes = [line[0] for line in difflib.ndiff(before, after)]
@@ -161,6 +159,7 @@ def test_little_changes_in_an_app(framework: str, removed: int, added: int) -> N
 def test_notebook(framework: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEBLEND_TEST_EMBEDDINGS", str(models / "all-minilm-l6-v2"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(EXAMPLES / f"{framework}.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells)
@@ -169,7 +168,10 @@ def test_notebook(framework: str, models: Path, monkeypatch: pytest.MonkeyPatch)
     )
     client.execute()
     printed = "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if output.name == "stdout"
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stdout"
     )
     assert "'decision': 'blend'" in printed
     assert re.search(r"full prefill: \d+\.\d\d s, blended: \d+\.\d\d s", printed)

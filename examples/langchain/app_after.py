@@ -1,8 +1,9 @@
-"""Asks the index that ingest.py made, through a retrieval chain. app_before.py does it without CacheBlend, app_after.py
-with it: the difference between the two files is all that an application has to change.
+"""Ask the index that ingest.py made, through a retrieval chain.
 
     python examples/langchain/app_after.py ["question"]
-"""  # noqa: D205  # one sentence
+
+app_before.py does it without CacheBlend, app_after.py with it: their difference is what an application has to change.
+"""
 
 from __future__ import annotations
 

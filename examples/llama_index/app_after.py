@@ -1,8 +1,9 @@
-"""Asks the index that ingest.py made, through a query engine. app_before.py does it without CacheBlend, app_after.py
-with it: the difference between the two files is all that an application has to change.
+"""Ask the index that ingest.py made, through a query engine.
 
     python examples/llama_index/app_after.py ["question"]
-"""  # noqa: D205  # one sentence
+
+app_before.py does it without CacheBlend, app_after.py with it: their difference is what an application has to change.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 from llama_index.core import StorageContext, load_index_from_storage
+from llama_index.core.postprocessor import LongContextReorder
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.llms.cacheblend import CacheBlendLLM, CacheBlendPostprocessor
 from llama_index.vector_stores.faiss import FaissVectorStore
@@ -26,9 +28,9 @@ directory = str(options.work / "index")
 vectors = FaissVectorStore.from_persist_dir(directory)
 storage = StorageContext.from_defaults(vector_store=vectors, persist_dir=directory)
 index = load_index_from_storage(storage, embed_model=embedding)
-ready = [CacheBlendPostprocessor(engine=llm.engine)]
+postprocessors = [LongContextReorder(), CacheBlendPostprocessor(engine=llm.engine)]
 query_engine = index.as_query_engine(
-    llm=llm, similarity_top_k=options.passages, streaming=True, node_postprocessors=ready
+    llm=llm, similarity_top_k=options.passages, node_postprocessors=postprocessors, streaming=True
 )
 
 started = time.perf_counter()

@@ -1,8 +1,9 @@
-"""Asks the index that ingest.py made, through a query engine. app_before.py does it without CacheBlend, app_after.py
-with it: the difference between the two files is all that an application has to change.
+"""Ask the index that ingest.py made, through a query engine.
 
     python examples/llama_index/app_after.py ["question"]
-"""  # noqa: D205  # one sentence
+
+app_before.py does it without CacheBlend, app_after.py with it: their difference is what an application has to change.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 from llama_index.core import StorageContext, load_index_from_storage
+from llama_index.core.postprocessor import LongContextReorder
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.llms.huggingface import HuggingFaceLLM
 from llama_index.vector_stores.faiss import FaissVectorStore
@@ -20,20 +22,17 @@ from options import parse
 
 options = parse(__doc__, work="llama_index", asks=True)
 
-llm = HuggingFaceLLM(
-    model_name=options.model,
-    tokenizer_name=options.model,
-    context_window=8192,
-    max_new_tokens=options.max_tokens,
-    is_chat_model=True,
-    generate_kwargs={"do_sample": False},
-)
+settings = {"max_new_tokens": options.max_tokens, "is_chat_model": True, "generate_kwargs": {"do_sample": False}}
+llm = HuggingFaceLLM(model_name=options.model, tokenizer_name=options.model, **settings)
 embedding = HuggingFaceEmbedding(model_name=options.embeddings)
 directory = str(options.work / "index")
 vectors = FaissVectorStore.from_persist_dir(directory)
 storage = StorageContext.from_defaults(vector_store=vectors, persist_dir=directory)
 index = load_index_from_storage(storage, embed_model=embedding)
-query_engine = index.as_query_engine(llm=llm, similarity_top_k=options.passages, streaming=True)
+postprocessors = [LongContextReorder()]
+query_engine = index.as_query_engine(
+    llm=llm, similarity_top_k=options.passages, node_postprocessors=postprocessors, streaming=True
+)
 
 started = time.perf_counter()
 waited = 0.0

@@ -3,6 +3,7 @@ float32 on SmolLM2; eager, and with vLLM's compiled model and CUDA graphs."""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -264,3 +265,25 @@ def test_a_blend_that_fails_is_prefilled(small: Case, monkeypatch: pytest.Monkey
     assert float((fallen_back - plain).abs().max()) <= allowed
     answers = list(ThreadPoolExecutor(4).map(lambda n: small.engine.generate(small.prompt(n)), range(41, 45)))
     assert all(answer.stats.decision == "blend" for answer in answers)
+
+
+def test_constrained_answers(case: Case) -> None:
+    """Decoding is constrained on a blended prompt, and a chunk is looked up and brought to memory meanwhile."""
+    choices = ["a quiet harbour", "the old mill"]
+    case.engine.prefetch(CHUNKS)
+    prompt = case.prompt(50, chunks=4)
+    chosen = case.engine.generate(prompt, max_tokens=24, structured_outputs={"choice": choices})
+    assert chosen.text in choices
+    assert chosen.stats.decision == "blend"
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    answers = list(
+        ThreadPoolExecutor(4).map(
+            lambda n: case.engine.generate(
+                case.prompt(n, chunks=4), max_tokens=32, structured_outputs={"json": schema}
+            ),
+            range(51, 55),
+        )
+    )
+    assert all(json.loads(answer.text)["yes"] in (True, False) for answer in answers)
+    assert case.engine.is_warm([*CHUNKS, "cold text"]) == [True] * len(CHUNKS) + [False]
+    assert not connectors(case.engine)[0].faults and not connectors(case.engine)[1].faults

@@ -161,8 +161,8 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         Args:
             schema: A pydantic class, a ``TypedDict``, a JSON schema or an OpenAI tool. None: with ``"json_mode"`` only.
             method: ``"json_schema"``: the answer is JSON of the schema, with any model. ``"function_calling"``: the
-                schema is a tool that must be called, which also describes it to the model. ``"json_mode"``: any JSON
-                object.
+                schema is a tool that must be called, which also describes it to the model. ``"json_mode"``: as
+                ``"json_schema"``, or any JSON object if there is no schema.
             include_raw: Give a dict of ``raw``, ``parsed`` and ``parsing_error``; nothing is raised for bad JSON.
             strict: Taken as OpenAI's models take it; answers fit the schema anyway.
             kwargs: Further settings of the calls.
@@ -178,10 +178,10 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         pydantic_class = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         llm: Runnable[LanguageModelInput, AIMessage]
         parser: Runnable[Any, Any]
-        if schema is None or method == "json_mode":
+        if schema is None:
             llm = self.bind(structured_outputs={"json": {"type": "object"}}, **told, **kwargs)
-            parser = _WholePydantic(pydantic_object=pydantic_class) if pydantic_class else _WholeJson()
-        elif method == "json_schema":
+            parser = _WholeJson()
+        elif method != "function_calling":
             llm = self.bind(structured_outputs={"json": convert_to_json_schema(schema)}, **told, **kwargs)
             parser = _WholePydantic(pydantic_object=pydantic_class) if pydantic_class else _WholeJson()
         else:

