@@ -200,7 +200,7 @@ def test_sub_questions(llm: CacheBlendLLM, engine: Engine, index: VectorStoreInd
 
 
 @pytest.mark.slow
-def test_sub_questions_and_router_of_a_capable_model(
+def test_router_of_a_capable_model(
     tool_model: str, faiss_index: Any, passages: Any, recorder: Any, tmp_path: Any
 ) -> None:
     """LlamaIndex's own selector, nothing bounded."""

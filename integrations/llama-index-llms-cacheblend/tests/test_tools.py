@@ -162,8 +162,10 @@ async def test_agent(engine: Engine) -> None:
 async def test_agent_with_a_model_that_calls_tools(tool_model: str) -> None:
     engine = load_engine(tool_model)
     llm = CacheBlendLLM(engine=engine, max_tokens=128)
-    agent = FunctionAgent(tools=[PAINT, WASH], llm=llm, system_prompt="Use the tools.")
-    output = await agent.run("Paint the wall green. Then say what you did.")
-    assert [call.tool_name for call in output.tool_calls] == ["paint"]
-    assert "green" in str(output)
+    agent = FunctionAgent(tools=[PAINT, WASH], llm=llm, initial_tool_choice="paint")
+    handler = agent.run("Paint the wall green. Then say what you did.")
+    events = [event async for event in handler.stream_events()]
+    results = [event for event in events if isinstance(event, ToolCallResult)]
+    assert str(results[0].tool_output.content) == "painted green"
+    assert str(await handler)
     engine.close()
