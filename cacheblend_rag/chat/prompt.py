@@ -12,7 +12,8 @@ from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.structured import either, structural_tag
 
-_THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
+# Thoughts of earlier turns, which templates leave out too, and calls, which ``tool_calls`` has.
+_LEFT_OUT = ("thinking", "redacted_thinking", "reasoning", "tool_call", "tool_call_chunk", "invalid_tool_call")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,7 @@ def _text_message(message: Mapping[str, Any]) -> dict[str, Any]:
         return {**message, "content": content or ""}
     if not isinstance(content, Sequence):
         raise ConfigError(f"the content of a message must be text or a list of text blocks, not {content!r}")
-    # Thoughts are those of earlier turns: templates leave them out too.
-    texts = [_text(part) for part in content if not (isinstance(part, Mapping) and part.get("type") in _THOUGHTS)]
+    texts = [_text(part) for part in content if not (isinstance(part, Mapping) and part.get("type") in _LEFT_OUT)]
     return {**message, "content": "\n".join(texts)}
 
 

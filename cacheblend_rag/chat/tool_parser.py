@@ -70,12 +70,15 @@ class ToolParser:
 
     Args:
         tool_format: Of the model's chat template; None: answers are text.
+
+    Attributes:
+        sent: Characters of the streamed answer that were told as text.
     """
 
     def __init__(self, tool_format: ToolFormat | None) -> None:
         self._format = tool_format
         self._text = ""
-        self._sent = 0  # characters of text
+        self.sent = 0
         self._ids: list[str] = []  # of the calls begun
         self._sent_arguments: list[str] = []
 
@@ -112,7 +115,7 @@ class ToolParser:
         return [] if self.called else self._text_up_to(len(self._text))
 
     def _text_up_to(self, end: int) -> list[TextDelta | ToolCallDelta]:
-        text, self._sent = self._text[self._sent : end], max(self._sent, end)
+        text, self.sent = self._text[self.sent : end], max(self.sent, end)
         return [TextDelta(text)] if text else []
 
     def _call_deltas(self, index: int, name: str, arguments: str) -> list[TextDelta | ToolCallDelta]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, overload
@@ -15,7 +17,7 @@ import numpy as np
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.sampling import SamplingParams as SamplingParams
-from cacheblend_rag.errors import ChunkTooLongError, ConfigError, PromptTooLongError
+from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError, PromptTooLongError
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
 
@@ -46,6 +48,7 @@ class Engine(abc.ABC):
     num_layers: int
     scope: ChunkScope
     _prefetcher: Prefetcher
+    _tool_format: ToolFormat | ConfigError | None = None
     _at_once: ClassVar[int] = 32  # answers that coroutines wait for at a time; more wait in turn
 
     @abc.abstractmethod
@@ -175,10 +178,23 @@ class Engine(abc.ABC):
         self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
     ) -> Generation:
         """:meth:`generate` for one prompt, without blocking the event loop."""
-        config, params = self._settings(blend, sampling)
-        loop = asyncio.get_running_loop()
-        (answer,) = await loop.run_in_executor(self._waiting, self._answer, [prompt], config, params)
-        return answer
+        pieces = self.stream(prompt, blend=blend, **sampling)
+        given_up = threading.Event()
+
+        def collect() -> Generation:
+            with contextlib.closing(cast(Generator[StreamPiece, None, None], pieces)):
+                for piece in pieces:
+                    if piece.generation is not None:
+                        return piece.generation
+                    if given_up.is_set():  # nobody waits any more: others may have the engine
+                        break
+            raise CacheBlendError("the answer was given up")
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._waiting, collect)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
 
     async def astream(
         self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
@@ -226,16 +242,23 @@ class Engine(abc.ABC):
             ConfigError: the model has no chat template, or it refuses the messages.
         """
 
-    @functools.cached_property
+    @property
     def tool_format(self) -> ToolFormat:
-        """How the model's chat template writes tool calls.
+        """How the model's chat template writes tool calls. Found out once, with a server by some requests.
 
         Raises:
             ConfigError: it has none that can be read.
         """
         from cacheblend_rag.chat.tool_format import find_tool_format
 
-        return find_tool_format(self.render_chat, self.model_name)
+        if self._tool_format is None:
+            try:
+                self._tool_format = find_tool_format(self.render_chat, self.model_name)
+            except ConfigError as error:
+                self._tool_format = error
+        if isinstance(self._tool_format, ConfigError):
+            raise ConfigError(str(self._tool_format))
+        return self._tool_format
 
     @abc.abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:

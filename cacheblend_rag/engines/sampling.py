@@ -36,7 +36,8 @@ class SamplingParams:
         stop_token_ids: Tokens that end the answer, besides the end of sequence; not part of its text.
         timeout: Seconds to wait for the answer, looked at between tokens; with a server, to wait for each of its
             messages. None: no end, or what the server's client was given.
-        max_retries: How often a request that a server did not take is sent again; None: what its client was given.
+        max_retries: How often a request that a server did not take is sent again; None: what its client was given,
+            or never if there is a ``timeout``.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -66,6 +67,9 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.logit_bias is not None:
+            bias = {int(token) if str(token).isdigit() else token: value for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)  # in JSON, keys are text
         if any(not isinstance(text, str) or not text for text in stop):
             raise ConfigError(f"stop must be non-empty strings, not {self.stop!r}")
         if not is_whole(self.max_tokens) or self.max_tokens < 1:

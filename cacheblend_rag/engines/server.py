@@ -255,7 +255,10 @@ class ServerEngine(ConnectedEngine):
 
     def _with_options(self, client: Client, params: SamplingParams) -> Client:
         """A client that shares its connections and takes this request's patience."""
-        options = {"timeout": params.timeout, "max_retries": params.max_retries}
+        retries = params.max_retries
+        if retries is None and params.timeout is not None:
+            retries = 0  # or it would be three times the timeout
+        options = {"timeout": params.timeout, "max_retries": retries}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         return client.with_options(**given) if given else client
 
@@ -302,7 +305,7 @@ class ServerEngine(ConnectedEngine):
         """A client of the running event loop: its connections belong to the loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._async_clients:
-            for ended in [other for other in self._async_clients if other.is_closed()]:
+            for ended in [other for other in list(self._async_clients) if other.is_closed()]:
                 self._async_clients.pop(ended, None)
             self._async_clients[loop] = openai.AsyncOpenAI(base_url=self._base_url, **self._client_args)
         return self._async_clients[loop]

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -289,6 +289,54 @@ def test_langchain_over_the_server(served: str, engine: ServerEngine) -> None:
     assert CacheBlendLLM(
         model="smol", engine="server", base_url=served, namespace="test", blend={"recompute_ratio": 0.4}
     ).blend == BlendConfig(recompute_ratio=0.4, mode="blend")
+
+
+async def test_langchain_chat_over_the_server(served: str, engine: ServerEngine) -> None:
+    pytest.importorskip("langchain_cacheblend")
+    from langchain_cacheblend import ChatCacheBlend
+
+    model = ChatCacheBlend(engine=engine, max_tokens=8)
+    text = random_text(910, 400)
+    engine.warm([text])
+    message = model.invoke(f"{text}\n\nSummary:")
+    assert message.usage_metadata is not None
+    details: Any = message.usage_metadata["input_token_details"]
+    assert details["cache_read"] > 0 and sum(details.values()) == message.usage_metadata["input_tokens"]
+    assert message.response_metadata["decision"] in ("blend", "prefix")
+    pieces = [chunk.content async for chunk in model.astream(f"{text}\n\nSummary:")]
+    assert "".join(map(str, pieces)) == message.content
+
+    def set_heating(degrees: Literal[18, 21]) -> None:
+        """Set the heating."""
+
+    for reply in (
+        model.bind_tools([set_heating], tool_choice="any", max_tokens=60).invoke(text),
+        await model.bind_tools([set_heating], tool_choice="set_heating", max_tokens=60).ainvoke(text),
+    ):
+        assert reply.tool_calls and all(call["args"]["degrees"] in (18, 21) for call in reply.tool_calls)
+    told = await model.ainvoke("Hello", logprobs=True, top_logprobs=1, max_tokens=2, presence_penalty=0.5)
+    assert "".join(entry["token"] for entry in told.response_metadata["logprobs"]["content"]) == told.content
+    answers = await asyncio.gather(*(model.ainvoke(f"{number}", max_tokens=1) for number in range(30)))
+    assert [answer.content for answer in answers] == [model.invoke(f"{n}", max_tokens=1).content for n in range(30)]
+
+
+async def test_llama_index_over_the_server(served: str, engine: ServerEngine) -> None:
+    pytest.importorskip("llama_index.llms.cacheblend")
+    from llama_index.core.base.llms.types import ChatMessage
+    from llama_index.core.schema import TextNode
+    from llama_index.llms.cacheblend import CacheBlendLLM, CacheBlendTransform
+
+    llm = CacheBlendLLM(model="smol", engine="server", base_url=served, namespace="test", max_tokens=8)
+    text = random_text(920, 400)
+    CacheBlendTransform(engine=llm.engine)([TextNode(text=text)])
+    assert llm.engine.is_warm([text]) == [True]
+    whole = llm.complete(f"Notes:\n\n{text}\n\nSummary:")
+    assert whole.additional_kwargs["stats"]["reused_tokens"] > 0
+    assert (await llm.acomplete(f"Notes:\n\n{text}\n\nSummary:")).text == whole.text
+    chat = await llm.achat([ChatMessage(f"{text}\n\nSummary:")])
+    *_, last = llm.stream_chat([ChatMessage(f"{text}\n\nSummary:")])
+    assert last.message.content == chat.message.content
+    assert last.additional_kwargs["stats"]["reused_tokens"] > 0
 
 
 # The engine

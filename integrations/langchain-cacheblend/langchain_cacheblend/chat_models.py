@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import operator
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from cacheblend_rag.chat import ChatPrompt, TextDelta, ToolCallDelta, ToolParser, prepare_chat
+from cacheblend_rag.chat import ChatPrompt, TextDelta, ToolParser, prepare_chat
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.stats import Generation
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -68,7 +72,8 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         model = ChatCacheBlend(model="name", engine="server", base_url="http://localhost:8000/v1")
 
     Tools are described to the model by its chat template and called in the template's own format. Decoding is
-    constrained: calls always fit the schemas of their tools.
+    constrained, so that calls fit the schemas of their tools: where a call is required, and where text that begins as a
+    call can be told from other text. A call that is cut off at ``max_tokens`` is text.
 
     A call may override the settings, and single ones of ``blend``: ``model.invoke(messages, max_tokens=10,
     blend={"recompute_ratio": 0.3})``. It may constrain its answer by ``structured_outputs`` (see
@@ -103,8 +108,35 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         # LangChain's own key for its cache of answers knows nothing of an engine that was given.
-        params = {**self._identifying_params, **kwargs, **({} if stop is None else {"stop": stop})}
+        settings = self.engine.settings or {}
+        template = settings.get("chat_template")
+        if isinstance(template, str | os.PathLike) and "{" not in str(template):
+            template = Path(template).expanduser().read_text(encoding="utf-8")
+        where = hashlib.sha256(f"{template} {settings.get('base_url')}".encode()).hexdigest()
+        params = {**self._identifying_params, **kwargs, **({} if stop is None else {"stop": stop}), "engine": where}
+        params |= {"response_format": None, "structured_outputs": _structured_outputs(kwargs)}
         return json.dumps(params, sort_keys=True, default=str)
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        has_tools = self._has_tools()
+        return ModelProfile(
+            max_input_tokens=self.engine.context_window - self.max_tokens,
+            max_output_tokens=self.max_tokens,
+            text_inputs=True,
+            text_outputs=True,
+            tool_calling=has_tools,
+            tool_choice=has_tools,
+            # An answer in a schema is to be had without tools; but with them, agents do better to ask for it by a tool,
+            # which shows the schema to the model.
+            structured_output=not has_tools,
+        )
+
+    def _has_tools(self) -> bool:
+        try:
+            _ = self.engine.tool_format
+        except ConfigError:
+            return False
+        return True
 
     def get_num_tokens_from_messages(
         self,
@@ -113,7 +145,13 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
     ) -> int:
         """Tokens of messages as the model reads them: by its chat template, with the opening of its answer."""
         converted = [convert_to_openai_tool(tool) for tool in tools or []]
-        prompt = prepare_chat(self.engine, _openai_messages(messages), tools=converted).prompt
+        prompt = prepare_chat(
+            self.engine,
+            _openai_messages(messages),
+            tools=converted,
+            tool_choice="none",
+            chat_template_kwargs=self.chat_template_kwargs,
+        ).prompt
         return self.engine.count_tokens(prompt)
 
     def bind_tools(
@@ -121,7 +159,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
         tool_choice: str | bool | dict[str, Any] | None = None,
-        parallel_tool_calls: bool = True,
+        parallel_tool_calls: bool | None = True,
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
@@ -131,8 +169,8 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
             tools: Anything that ``convert_to_openai_tool`` takes.
             tool_choice: ``"auto"`` or None: the model decides. ``"none"``: no calls. ``"any"``, ``"required"`` or True:
                 at least one call. A tool's name, or ``{"type": "function", "function": {"name": ...}}``: a call of it.
-            parallel_tool_calls: An answer may hold several calls.
-            strict: Taken as OpenAI's models take it; calls fit their schemas anyway.
+            parallel_tool_calls: An answer may hold several calls; None: it may.
+            strict: Taken as OpenAI's models take it, and makes no difference.
             kwargs: Further settings of the calls.
 
         Raises:
@@ -140,7 +178,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         """
         converted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
         choice = _tool_choice(tool_choice)
-        names = [tool["function"]["name"] for tool in converted]
+        names = [str(tool.get("function", {}).get("name")) for tool in converted]
         if choice not in ("auto", "none", "required", *names):
             raise ConfigError(f"tool_choice is {choice!r}, but the tools are {', '.join(names) or 'none'}")
         if converted:
@@ -182,16 +220,16 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
             llm = self.bind(structured_outputs={"json": {"type": "object"}}, **told, **kwargs)
             parser = _WholeJson()
         elif method != "function_calling":
-            llm = self.bind(structured_outputs={"json": convert_to_json_schema(schema)}, **told, **kwargs)
+            llm = self.bind(structured_outputs={"json": _json_schema(schema)}, **told, **kwargs)
             parser = _WholePydantic(pydantic_object=pydantic_class) if pydantic_class else _WholeJson()
         else:
             name = convert_to_openai_tool(schema)["function"]["name"]
             llm = self.bind_tools(
                 [schema], tool_choice=name, parallel_tool_calls=False, strict=strict, **told, **kwargs
             )
-            parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+            parser = _WholeCall(key_name=name, first_tool_only=True)
             if pydantic_class:
-                parser = PydanticToolsParser(tools=[pydantic_class], first_tool_only=True)
+                parser = _WholePydanticCall(tools=[pydantic_class], first_tool_only=True)
         if not include_raw:
             return llm | parser
         parse = RunnablePassthrough.assign(
@@ -265,7 +303,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
             _openai_messages(messages),
             tools=settings.get("tools"),
             tool_choice=_tool_choice(settings.get("tool_choice")),
-            parallel_tool_calls=settings.get("parallel_tool_calls", True),
+            parallel_tool_calls=settings.get("parallel_tool_calls") is not False,
             structured_outputs=_structured_outputs(settings),
             continue_final_message=settings.get("continue_final_message", False),
             chat_template_kwargs={**self.chat_template_kwargs, **(settings.get("chat_template_kwargs") or {})},
@@ -273,8 +311,9 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         request = {name: settings.get(name, getattr(self, name)) for name in SAMPLING}
         if stop is not None:
             request["stop"] = stop
-        if settings.get("logprobs", self.logprobs):
-            request["logprobs"] = settings.get("top_logprobs", self.top_logprobs) or 0
+        top = settings.get("top_logprobs", self.top_logprobs)
+        if settings.get("logprobs", self.logprobs) or top:
+            request["logprobs"] = top or 0
         request |= {**chat.sampling, "blend": override(self.blend, settings.get("blend"))}
         return chat, requests(request, settings.get("n", self.n))
 
@@ -304,22 +343,31 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         return ChatGeneration(message=message, generation_info={"finish_reason": metadata["finish_reason"]})
 
     def _chunks(self, parser: ToolParser, piece: str, answer: Generation | None) -> list[ChatGenerationChunk]:
-        """Chunks of a message, of a piece of a streamed answer; ``answer`` is the whole one, with the last piece."""
-        deltas = parser.add(piece)
-        if answer is not None:
-            deltas += parser.finish()
-        chunks = [AIMessageChunk(**_content(delta)) for delta in deltas]
+        """Chunks of a message, of a piece of a streamed answer; ``answer`` is the whole one, with the last piece.
+
+        Calls come whole, at the end: of a part, LangChain would make a call whose arguments it completes by guessing.
+        """
+        texts = [delta.text for delta in parser.add(piece) if isinstance(delta, TextDelta)]
+        chunks = [ChatGenerationChunk(message=AIMessageChunk(content=text)) for text in texts]
         if answer is None:
-            return [ChatGenerationChunk(message=chunk) for chunk in chunks]
-        metadata = self._metadata(answer, called=parser.called)
+            return chunks
+        deltas = parser.finish()
+        reply = parser.parse(answer.text)
+        rest = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
+        if not reply.tool_calls and parser.called:  # begun and cut off
+            rest = answer.text[parser.sent :]
+        calls = [
+            tool_call_chunk(name=call.name, args=call.arguments, id=call.id, index=index)
+            for index, call in enumerate(reply.tool_calls)
+        ]
+        if rest or calls:
+            chunks.append(ChatGenerationChunk(message=AIMessageChunk(content=rest, tool_call_chunks=calls)))
+        metadata = self._metadata(answer, called=bool(calls))
         last = AIMessageChunk(
             content="", usage_metadata=_usage(answer), response_metadata=metadata, chunk_position="last"
         )
         info = {"finish_reason": metadata["finish_reason"]}
-        return [
-            *(ChatGenerationChunk(message=chunk) for chunk in chunks),
-            ChatGenerationChunk(message=last, generation_info=info),
-        ]
+        return [*chunks, ChatGenerationChunk(message=last, generation_info=info)]
 
     def _metadata(self, answer: Generation, *, called: bool) -> dict[str, Any]:
         info = answer_info(self.engine, answer)
@@ -328,33 +376,44 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
         return {"model_name": self.model, "model_provider": "cacheblend", **info}
 
 
-class _WholeJson(JsonOutputParser):
-    """Refuses an answer that was cut off, where its parent would complete the JSON by guessing."""
+class _Whole:
+    """Refuses an answer that was cut off, where LangChain's parsers would complete it by guessing, or say nothing."""
 
     def parse_result(self, result: list[LangChainGeneration], *, partial: bool = False) -> Any:
-        """See the base class."""
-        if not partial:
-            _refuse_cut_off(result)
-        return super().parse_result(result, partial=partial)
+        """See :class:`BaseOutputParser`."""
+        if not partial and _is_cut_off(result[0]):
+            raise OutputParserException(
+                "the answer was cut off at max_tokens before it was complete: raise max_tokens",
+                llm_output=result[0].text,
+            )
+        return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class _WholePydantic(PydanticOutputParser[BaseModel]):
-    """The same for pydantic classes."""
-
-    def parse_result(self, result: list[LangChainGeneration], *, partial: bool = False) -> Any:
-        """See the base class."""
-        if not partial:
-            _refuse_cut_off(result)
-        return super().parse_result(result, partial=partial)
+class _WholeJson(_Whole, JsonOutputParser):
+    """JSON."""
 
 
-def _refuse_cut_off(result: list[LangChainGeneration]) -> None:
-    message = result[0].message if isinstance(result[0], ChatGeneration) else None
-    if message is not None and message.response_metadata.get("finish_reason") == "length":
-        raise OutputParserException(
-            "the answer was cut off at max_tokens before its JSON was complete: raise max_tokens",
-            llm_output=result[0].text,
-        )
+class _WholePydantic(_Whole, PydanticOutputParser[BaseModel]):
+    """An object of a pydantic class."""
+
+
+class _WholeCall(_Whole, JsonOutputKeyToolsParser):
+    """The arguments of a tool call."""
+
+
+class _WholePydanticCall(_Whole, PydanticToolsParser):
+    """The arguments of a tool call, as an object of a pydantic class."""
+
+
+def _is_cut_off(generation: LangChainGeneration) -> bool:
+    message = generation.message if isinstance(generation, ChatGeneration) else None
+    if not isinstance(message, AIMessage) or message.response_metadata.get("finish_reason") != "length":
+        return False
+    try:
+        json.loads(generation.text)
+    except ValueError:
+        return not message.tool_calls
+    return False  # complete with the last token
 
 
 def _openai_messages(messages: list[BaseMessage]) -> list[dict[str, Any]]:
@@ -369,7 +428,8 @@ def _tool_choice(choice: str | bool | Mapping[str, Any] | None) -> str:
     if choice is True or choice == "any":
         return "required"
     if isinstance(choice, Mapping):
-        return str(choice["function"]["name"])
+        name = choice.get("function", choice).get("name") or choice.get("type")
+        return "required" if name in ("any", "required") else str(name)
     return str(choice)
 
 
@@ -382,12 +442,18 @@ def _structured_outputs(settings: Mapping[str, Any]) -> Mapping[str, Any] | None
     if wanted is not None:
         raise ConfigError("response_format and structured_outputs both say what the answer must be: give one of them")
     if isinstance(response_format, type):
-        return {"json": convert_to_json_schema(response_format)}
-    if response_format.get("type") == "json_object":
+        return {"json": _json_schema(response_format)}
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_object":
         return {"json": {"type": "object"}}
-    if response_format.get("type") == "json_schema":
-        return {"json": response_format["json_schema"]["schema"]}
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+        return {"json": response_format.get("json_schema", {}).get("schema")}
     raise ConfigError(f"response_format must be of type text, json_object or json_schema, not {response_format!r}")
+
+
+def _json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema()  # LangChain's conversion cuts recursive ones off
+    return convert_to_json_schema(schema)
 
 
 def _usage(answer: Generation) -> UsageMetadata:
@@ -403,11 +469,3 @@ def _usage(answer: Generation) -> UsageMetadata:
         total_tokens=stats.prompt_tokens + written,
         input_token_details=details,
     )
-
-
-def _content(delta: TextDelta | ToolCallDelta) -> dict[str, Any]:
-    """What a chunk of a message holds."""
-    if isinstance(delta, TextDelta):
-        return {"content": delta.text}
-    chunk = tool_call_chunk(name=delta.name, args=delta.arguments, id=delta.id, index=delta.index)
-    return {"content": "", "tool_call_chunks": [chunk]}

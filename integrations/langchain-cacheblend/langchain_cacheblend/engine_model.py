@@ -8,11 +8,11 @@ import operator
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from cacheblend_rag import BlendConfig, load_engine
 from cacheblend_rag.engines.base import Engine, SamplingParams
 from cacheblend_rag.errors import ConfigError, PromptTooLongError
+from cacheblend_rag.redaction import is_secret, without_credentials
 from cacheblend_rag.stats import Generation
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.load.serializable import Serializable, SerializedConstructor, SerializedNotImplemented
@@ -32,7 +32,6 @@ _LOAD_SETTINGS = (
 )
 _PATIENCE = ("timeout", "max_retries")  # change no answer
 _API_KEY_VARIABLE = "CACHEBLEND_API_KEY"
-_SECRET_ENGINE_ARGS = {"api_key", "token"}
 SAMPLING = (
     "max_tokens",
     "temperature",
@@ -166,7 +165,7 @@ class EngineModel(Serializable):
         settings = self.engine_settings or {"engine": type(self.engine).__name__}
         public = {name: settings[name] for name in sorted(settings) if name not in ("store", "base_url")}
         if args := public.get("engine_args"):
-            public["engine_args"] = {name: args[name] for name in sorted(args) if name not in _SECRET_ENGINE_ARGS}
+            public["engine_args"] = {name: args[name] for name in sorted(args) if not is_secret(name)}
         return {
             **public,
             "model": self.model,
@@ -192,15 +191,15 @@ class EngineModel(Serializable):
 
     @property
     def lc_secrets(self) -> dict[str, str]:
-        """The key, and URLs with a password in them, by the name of the secret that replaces them."""
+        """The key, and URLs with credentials in them, by the name of the secret that replaces them."""
         settings = self.engine_settings or {}
         urls = {name: settings[name] for name in ("store", "base_url") if isinstance(settings.get(name), str)}
-        secrets = {name: f"CACHEBLEND_{name.upper()}" for name, url in urls.items() if urlsplit(url).password}
-        return {"api_key": _API_KEY_VARIABLE, **secrets}
+        secret = [name for name, url in urls.items() if "://" in url and without_credentials(url) != url]
+        return {"api_key": _API_KEY_VARIABLE, **{name: f"CACHEBLEND_{name.upper()}" for name in secret}}
 
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
-        """As in LangChain, but not where settings can't rebuild the engine: it was given, or took a token."""
-        if self.engine_settings is None or _SECRET_ENGINE_ARGS & (self.engine_settings.get("engine_args") or {}).keys():
+        """As in LangChain, but not where settings can't rebuild the engine: it was given, or took a secret."""
+        if self.engine_settings is None or any(map(is_secret, self.engine_settings.get("engine_args") or {})):
             return self.to_json_not_implemented()
         return super().to_json()
 

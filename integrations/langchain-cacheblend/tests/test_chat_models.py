@@ -405,3 +405,77 @@ def test_penalties(model: ChatCacheBlend) -> None:
     assert biased.content == model.engine.decode([token, token]) != plain.content
     own = ChatCacheBlend(engine=model.engine, max_tokens=2, logit_bias={token: 100})
     assert own.invoke("Hello").content == biased.content
+
+
+@pytest.mark.parametrize("cut", [12, 16])
+async def test_a_call_that_is_cut_off_is_text(model: ChatCacheBlend, cut: int) -> None:
+    """Completed by guessing, it would be run."""
+    bound = model.bind_tools([Light], tool_choice="any", max_tokens=cut)
+    message = await _ainvoke(bound, "It is dark.")
+    assert isinstance(message, AIMessage)
+    assert not message.tool_calls and str(message.content).startswith("<tool_call>")
+    streamed = await _astream(bound, "It is dark.")
+    assert isinstance(streamed, AIMessage)
+    assert not streamed.tool_calls and not streamed.invalid_tool_calls
+    assert streamed.content == message.content
+    for method in ("function_calling", "json_schema"):
+        with pytest.raises(OutputParserException, match="max_tokens"):
+            model.with_structured_output(Light, method=method, max_tokens=3).invoke("It is dark.")  # type: ignore[arg-type]
+
+
+def test_messages_with_content_blocks(model: ChatCacheBlend) -> None:
+    own = ChatCacheBlend(engine=model.engine, max_tokens=48, output_version="v1")
+    question = HumanMessage("It is dark.")
+    call = own.bind_tools([Light], tool_choice="any", parallel_tool_calls=False).invoke([question])
+    assert [block["type"] for block in call.content_blocks] == ["tool_call"]
+    result = ToolMessage("It is on.", tool_call_id=str(call.tool_calls[0]["id"]))
+    assert own.bind_tools([Light]).bind(max_tokens=2).invoke([question, call, result]).content
+
+
+class Node(BaseModel):
+    """A node."""
+
+    name: Literal["a", "b"]
+    children: list[Node] = Field(max_length=1)
+
+
+def test_recursive_schema(model: ChatCacheBlend) -> None:
+    from cacheblend_rag.structured import structural_tag
+
+    bound: Any = model.with_structured_output(Node)
+    schema = bound.first.kwargs["structured_outputs"]["json"]
+    assert "$ref" in json.dumps(schema) and structural_tag({"json": schema})
+
+
+def test_profile(model: ChatCacheBlend, engine: Engine) -> None:
+    profile: Any = model.profile
+    assert profile["max_input_tokens"] == model.engine.context_window - LENGTH
+    assert profile["tool_calling"] and not profile["structured_output"]
+    without: Any = ChatCacheBlend(engine=engine).profile
+    assert without["structured_output"] and not without["tool_calling"]
+
+
+def test_no_secret_in_what_is_written_down(chat_engine: Engine) -> None:
+    arguments = {"default_headers": {"Authorization": "hunter2"}, "hf_token": "hunter2", "x": 1}
+    settings = {"engine": "server", "model": "m", "base_url": "http://hunter2@host/v1", "engine_args": arguments}
+    secret = ChatCacheBlend(engine=chat_engine, engine_settings=settings)
+    assert "hunter2" not in dumps(secret) + str(secret) + repr(secret) + str(secret._identifying_params)
+    settings["engine_args"] = {"x": 1}
+    assert "hunter2" not in dumps(ChatCacheBlend(engine=chat_engine, engine_settings=settings))
+
+
+def test_answers_of_other_templates_are_not_served(model: ChatCacheBlend, engine: Engine) -> None:
+    keys = {ChatCacheBlend(engine=one)._get_llm_string() for one in (model.engine, engine)}
+    assert len(keys) == 2
+    asked = [{"response_format": kind} for kind in (Light, Node)] + [{}]
+    assert len({model._get_llm_string(**settings) for settings in asked}) == 3
+
+
+async def test_an_answer_that_nobody_waits_for_ends(model: ChatCacheBlend) -> None:
+    long = model.bind(max_tokens=2000, ignore_eos=True)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(long.ainvoke("Count."), 0.5)
+    started = time.perf_counter()
+    await asyncio.gather(*(model.ainvoke("Hello", max_tokens=1) for _ in range(9)))
+    assert time.perf_counter() - started < 30  # 2,000 tokens take longer
+    assert model.engine._waiting._work_queue.empty()

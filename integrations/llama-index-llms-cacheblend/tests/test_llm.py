@@ -186,6 +186,18 @@ def test_blend_override(llm: CacheBlendLLM, prompt: str) -> None:
     assert stats(llm, blend={"mode": "off"})["reused_tokens"] == 0
 
 
+def test_every_setting_of_sampling(engine: Engine, prompt: str) -> None:
+    generation = engine.generate(prompt, max_tokens=LENGTH)
+    first = generation.token_ids[0]
+    own = CacheBlendLLM(engine=engine, max_tokens=LENGTH, logit_bias={first: -100}, min_tokens=1, timeout=60)
+    raw = own.complete(prompt).raw
+    assert raw is not None
+    assert raw["token_ids"][0] != first
+    raw = own.complete(prompt, logit_bias={}, stop_token_ids=[generation.token_ids[1]], min_p=0.5, max_retries=0).raw
+    assert raw is not None
+    assert raw["token_ids"] == generation.token_ids[:2]
+
+
 def test_sampling_is_repeatable_with_a_seed(llm: CacheBlendLLM, prompt: str) -> None:
     texts = [llm.complete(prompt, temperature=1.5, top_p=0.99, top_k=50, seed=seed).text for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1]
@@ -390,3 +402,14 @@ def test_further_settings(engine: Engine) -> None:
         llm.complete("Hello", timeout=0.0001)
     messages = [ChatMessage("Count.", role="user"), ChatMessage("one, two, three, four,", role="assistant")]
     assert "five" in llm.chat(messages, continue_final_message=True, max_tokens=3).message.content
+
+
+def test_settings_of_the_chat_template_need_it(engine: Engine) -> None:
+    llm = CacheBlendLLM(engine=engine, max_tokens=2, messages_to_prompt=lambda messages: "Hello")
+    assert llm.chat([ChatMessage("x")]).message.content
+    for settings in ({"tool_choice": "required"}, {"continue_final_message": True}, {"chat_template_kwargs": {"a": 1}}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            llm.chat([ChatMessage("x")], **settings)
+    biased = CacheBlendLLM(engine=engine, max_tokens=1, logit_bias={5: 1.0})
+    assert json.loads(biased.to_json())["logit_bias"] == {"5": 1.0}
+    assert CacheBlendLLM(engine=engine, logit_bias={"5": 1.0}).logit_bias == {5: 1.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,24 +47,9 @@ from llama_index.llms.cacheblend.serializing import plain_blend, plain_settings
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
-_SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "min_tokens",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "timeout",
-    "max_retries",
-)
+_PER_ANSWER = ("logprobs", "structured_outputs", "skip_special_tokens")
+# Settings of the object and of each call; every one of them is an attribute.
+_SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name not in _PER_ANSWER)
 _PER_CALL = [*_SAMPLING, "blend", "logprobs", "structured_outputs"]
 _T = TypeVar("_T")
 _CHAT = ["tools", "tool_choice", "parallel_tool_calls", "continue_final_message", "chat_template_kwargs"]
@@ -384,9 +370,8 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
     def _request(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for the engine."""
         refuse_unknown(overrides, _PER_CALL)
-        given = {name: value for name, value in overrides.items() if value is not None}
-        own = {name: getattr(self, name) for name in _SAMPLING}
-        return {**own, **given, "blend": override(self.blend, given.get("blend"))}
+        settings = {**{name: getattr(self, name) for name in _SAMPLING}, **_given(overrides)}
+        return {**_given(settings), "blend": override(self.blend, overrides.get("blend"))}
 
     def _formatted(self, prompt: str, formatted: bool) -> str:
         assert self.completion_to_prompt is not None  # LLM sets one
@@ -398,6 +383,8 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
         structured = request.pop("structured_outputs", None)
         tools = kwargs.get("tools")
         if not tools and (not self._has_template or self.messages_to_prompt is not generic_messages_to_prompt):
+            if ignored := [name for name in _CHAT if kwargs.get(name) and name != "parallel_tool_calls"]:
+                raise ConfigError(f"{', '.join(ignored)}: needs the model's chat template, which is not used here")
             assert self.messages_to_prompt is not None  # LLM sets one
             sampling = {} if structured is None else {"structured_outputs": structured}
             chat = ChatPrompt(self.messages_to_prompt(messages), sampling, None)
@@ -459,6 +446,10 @@ class _PartialChat:
 
 def _as_json(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return {"structured_outputs": {"json": output_cls.model_json_schema()}, **(llm_kwargs or {})}
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _succeeds(ask: Callable[[], object]) -> bool:

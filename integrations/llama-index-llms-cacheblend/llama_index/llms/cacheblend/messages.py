@@ -174,7 +174,7 @@ def usage(answer: Generation) -> dict[str, int]:
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
-        "reused_tokens": answer.stats.reused_tokens,
+        "reused_tokens": answer.stats.prefix_tokens + answer.stats.reused_tokens,
     }
 
 

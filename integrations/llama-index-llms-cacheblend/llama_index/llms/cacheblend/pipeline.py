@@ -28,7 +28,7 @@ class CacheBlendPipeline(IngestionPipeline):
         return nodes
 
     async def arun(self, *args: Any, **kwargs: Any) -> Sequence[BaseNode]:
-        """Like :meth:`run`, without blocking the event loop for the chunk store."""
+        """Like :meth:`run`. What comes after the transformations, which LlamaIndex runs, runs in a thread."""
         nodes = await super().arun(*args, **kwargs)
         await asyncio.to_thread(self._settle)
         return nodes

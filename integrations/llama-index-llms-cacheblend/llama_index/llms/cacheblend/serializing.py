@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from cacheblend_rag import BlendConfig
-
-_SECRET = re.compile(
-    r"(^|_)(key|apikey|token|secret|password|passwd|auth|authorization|cookies?|credentials?|headers|query)$",
-    re.IGNORECASE,
-)
+from cacheblend_rag.redaction import is_secret, without_credentials
 
 
 def plain_blend(blend: BlendConfig) -> dict[str, Any]:
@@ -28,7 +22,7 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     Keys, tokens, headers and passwords are left out, those within URLs too, and so are values that can't be written
     down, such as an open store.
     """
-    known = {name: _plain(value) for name, value in settings.items() if name != "blend" and not _SECRET.search(name)}
+    known = {name: _plain(value) for name, value in settings.items() if name != "blend" and not is_secret(name)}
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -37,7 +31,7 @@ def _plain(value: object) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
-        return _without_credentials(value) if "://" in value else value
+        return without_credentials(value) if "://" in value else value
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -45,8 +39,3 @@ def _plain(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
