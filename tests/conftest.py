@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one directory share engines: where two processes run tests, each runs whole directories."""
     for item in items:
