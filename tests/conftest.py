@@ -52,13 +52,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one directory share engines: where two processes run tests, each runs whole directories."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path.parent)))
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Directory of SmolLM2-135M-Instruct."""
