@@ -195,6 +195,7 @@ SCHEMA = {
 def test_constrained_answers_are_those_of_the_embedded_engine(case: Case, directory: str) -> None:
     blended, free = case.prompt(0), {"max_tokens": 4, "blend": {"mode": "off"}}
     plain = case.engine.generate(blended, **free)
+    forget_prefixes(case.engine)
     constraints = [
         {"json": SCHEMA},
         {"choice": ["the first", "the second"]},
@@ -202,7 +203,7 @@ def test_constrained_answers_are_those_of_the_embedded_engine(case: Case, direct
         {"structural_tag": HERMES.constraint([TOOL], required=True, parallel=False)},
     ]
     asked: list[tuple[str | list[int], dict[str, Any]]] = [
-        (blended, {"max_tokens": 56, "structured_outputs": constraint, "logprobs": 3}) for constraint in constraints
+        (blended, {"max_tokens": 120, "structured_outputs": constraint, "logprobs": 3}) for constraint in constraints
     ]
     answers = together(case.engine, asked)
     with load_engine(directory, dtype="float32", primer=PRIMER, namespace="test", blend=BLEND) as embedded:

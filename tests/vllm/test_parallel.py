@@ -92,10 +92,10 @@ def prefetched_chunks(engine: VllmEngine) -> list[int]:
     engine.prefetch(CHUNKS)
     deadline = time.monotonic() + 30
     while True:
+        time.sleep(2)  # workers must not be asked while the request that prefetches is on its way to them
         counts: list[int] = engine._thread.engine.collective_rpc(count_memory)
         if min(counts) == len(CHUNKS) or time.monotonic() > deadline:
             return counts
-        time.sleep(0.05)
 
 
 def empty_memory(worker: Any) -> None:

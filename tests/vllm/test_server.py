@@ -310,7 +310,7 @@ async def test_langchain_chat_over_the_server(served: str, engine: ServerEngine)
         """Set the heating."""
 
     for reply in (
-        model.bind_tools([set_heating], tool_choice="any", max_tokens=60).invoke(text),
+        model.bind_tools([set_heating], tool_choice="any", parallel_tool_calls=False, max_tokens=60).invoke(text),
         await model.bind_tools([set_heating], tool_choice="set_heating", max_tokens=60).ainvoke(text),
     ):
         assert reply.tool_calls and all(call["args"]["degrees"] in (18, 21) for call in reply.tool_calls)
