@@ -25,8 +25,12 @@ class StoreError(CacheBlendError, OSError):
     """The chunk store can't be opened or written (permissions, full disk, not a store)."""
 
 
+class EngineClosedError(CacheBlendError, RuntimeError):
+    """An engine was used after it was closed."""
+
+
 class ServerError(CacheBlendError, ConnectionError):
-    """A vLLM server can't be reached, does not answer in time, or fails."""
+    """A vLLM server can't be reached, does not answer in time, breaks off, or fails."""
 
 
 class AnswerTimeoutError(CacheBlendError, TimeoutError):

@@ -54,6 +54,7 @@ def prepare_chat(
     structured_outputs: Mapping[str, Any] | None = None,
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
 ) -> ChatPrompt:
     """Prepare a chat completion. With a server this asks it to render its template.
 
@@ -68,6 +69,7 @@ def prepare_chat(
             unless it calls tools.
         continue_final_message: The answer goes on with the last message, which is the assistant's.
         chat_template_kwargs: Further variables of the chat template, such as ``enable_thinking``.
+        timeout: Seconds to wait for a server that renders; None: what its client was given.
 
     Raises:
         ConfigError: messages that are no text, an unknown tool, two constraints at once, a chat template without tools.
@@ -85,6 +87,7 @@ def prepare_chat(
         add_generation_prompt=not continue_final_message,
         continue_final_message=continue_final_message,
         chat_template_kwargs=chat_template_kwargs,
+        timeout=timeout,
     )
     sampling: dict[str, Any] = {}
     if structured_outputs is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import uuid
 
-from cacheblend_rag.chat.finding import find_calls
+from cacheblend_rag.chat.finding import CallFinder, CallPart
 from cacheblend_rag.chat.tool_format import ToolFormat
 
 
@@ -77,59 +76,62 @@ class ToolParser:
 
     def __init__(self, tool_format: ToolFormat | None) -> None:
         self._format = tool_format
-        self._text = ""
         self.sent = 0
-        self._ids: list[str] = []  # of the calls begun
-        self._sent_arguments: list[str] = []
+        self._held = ""  # text that may be the beginning of a marker
+        self._began_as_text = False
+        self._finder: CallFinder | None = None  # once there is a marker
+        self._calls = 0
 
     @property
     def called(self) -> bool:
         """Whether the streamed answer has calls."""
-        return bool(self._ids)
+        return self._calls > 0
 
     def parse(self, text: str) -> ChatReply:
         """Read a whole answer."""
         begin = self._begin(text)
         if begin is None or self._format is None:
             return ChatReply(text)
-        try:
-            calls = tuple(ToolCall(_new_id(), *call) for call in find_calls(self._format, text[begin:]))
-        except ValueError:
+        finder = CallFinder(self._format)
+        parts = finder.add(text[begin:])
+        if not parts or not finder.is_whole:
             return ChatReply(text)
-        return ChatReply(text[:begin], calls) if calls else ChatReply(text)
+        # Of text that is all there, each part is a call.
+        calls = (ToolCall(_new_id(), part.name, part.arguments) for part in parts if part.name is not None)
+        return ChatReply(text[:begin], tuple(calls))
 
     def add(self, piece: str) -> list[TextDelta | ToolCallDelta]:
         """Read the next piece of a streamed answer."""
-        self._text += piece
-        begin = self._begin(self._text)
-        if begin is None or self._format is None:
-            return self._text_up_to(len(self._text) - self._may_begin())
-        deltas = self._text_up_to(begin)
-        with contextlib.suppress(ValueError):  # not complete yet, or none after all
-            for index, (name, arguments) in enumerate(find_calls(self._format, self._text[begin:])):
-                deltas += self._call_deltas(index, name, arguments)
-        return deltas
+        if self._finder is not None:
+            return [self._call_delta(part) for part in self._finder.add(piece)]
+        text = self._held + piece
+        begin = self._begin(text)
+        if begin is None or self._format is None or (self._began_as_text and not self._format.marker):
+            self._began_as_text = self._began_as_text or bool(text.strip())
+            told = len(text) - self._may_begin(text)
+            self._held = text[told:]
+            return self._tell(text[:told])
+        self._held, self._finder = "", CallFinder(self._format)
+        return [*self._tell(text[:begin]), *map(self._call_delta, self._finder.add(text[begin:]))]
 
     def finish(self) -> list[TextDelta | ToolCallDelta]:
         """What was held back, once no more comes."""
-        return [] if self.called else self._text_up_to(len(self._text))
+        if self.called:
+            return []
+        return self._tell(self._held if self._finder is None else self._finder.text)
 
-    def _text_up_to(self, end: int) -> list[TextDelta | ToolCallDelta]:
-        text, self.sent = self._text[self.sent : end], max(self.sent, end)
+    def _tell(self, text: str) -> list[TextDelta | ToolCallDelta]:
+        self.sent += len(text)
         return [TextDelta(text)] if text else []
 
-    def _call_deltas(self, index: int, name: str, arguments: str) -> list[TextDelta | ToolCallDelta]:
-        """What is new of a call."""
-        if index == len(self._ids):
-            self._ids.append(_new_id())
-            self._sent_arguments.append(arguments)
-            return [ToolCallDelta(index, self._ids[index], name, arguments)]
-        new = arguments[len(self._sent_arguments[index]) :]
-        self._sent_arguments[index] = arguments
-        return [ToolCallDelta(index, None, None, new)] if new else []
+    def _call_delta(self, part: CallPart) -> ToolCallDelta:
+        if part.name is None:
+            return ToolCallDelta(self._calls - 1, None, None, part.arguments)
+        self._calls += 1
+        return ToolCallDelta(self._calls - 1, _new_id(), part.name, part.arguments)
 
     def _begin(self, text: str) -> int | None:
-        """Where calls begin; None if there are none, or none yet."""
+        """Where calls begin in text that was not told yet; None if there are none, or none yet."""
         if self._format is None:
             return None
         if self._format.marker:
@@ -139,10 +141,10 @@ class ToolParser:
         start = len(text) - len(text.lstrip())
         return start if text[start : start + 1] in ("{", "[") else None
 
-    def _may_begin(self) -> int:
+    def _may_begin(self, text: str) -> int:
         """Characters at the end of the text that may be the beginning of a marker."""
         marker = self._format.marker if self._format is not None else ""
-        return max((n for n in range(1, len(marker)) if self._text.endswith(marker[:n])), default=0)
+        return max((n for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
 
 
 def _new_id() -> str:

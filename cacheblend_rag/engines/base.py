@@ -17,7 +17,13 @@ import numpy as np
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.sampling import SamplingParams as SamplingParams
-from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError, PromptTooLongError
+from cacheblend_rag.errors import (
+    CacheBlendError,
+    ChunkTooLongError,
+    ConfigError,
+    EngineClosedError,
+    PromptTooLongError,
+)
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
 
@@ -31,6 +37,8 @@ Progress = Callable[[int, int], None]
 
 class Engine(abc.ABC):
     """A model, a chunk store, and the blend of both. Threads may share it.
+
+    Once it is closed, all calls but :meth:`close` and :meth:`prefetch` raise ``EngineClosedError``.
 
     Attributes:
         model_name: What the user called the model.
@@ -48,6 +56,7 @@ class Engine(abc.ABC):
     num_layers: int
     scope: ChunkScope
     _prefetcher: Prefetcher
+    _closed: bool = False
     _tool_format: ToolFormat | ConfigError | None = None
     _at_once: ClassVar[int] = 32  # answers that coroutines wait for at a time; more wait in turn
 
@@ -227,6 +236,7 @@ class Engine(abc.ABC):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> str:
         """Messages as one prompt text, by the model's chat template.
 
@@ -237,6 +247,7 @@ class Engine(abc.ABC):
             continue_final_message: End with the last message left open, for the model to go on with;
                 ``add_generation_prompt`` must be False.
             chat_template_kwargs: Further variables of the template, such as ``enable_thinking``.
+            timeout: Seconds to wait for a server that renders; None: what its client was given.
 
         Raises:
             ConfigError: the model has no chat template, or it refuses the messages.
@@ -272,9 +283,14 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """Free the model and close the store; closing twice does nothing."""
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed: load it again")
+
     def _settings(
         self, blend: Mapping[str, Any] | BlendConfig | None, sampling: dict[str, Any]
     ) -> tuple[BlendConfig, SamplingParams]:
+        self._check_open()
         config = blend if isinstance(blend, BlendConfig) else self.blend.with_overrides(blend)
         self._check_layers(config)
         known = [field.name for field in dataclasses.fields(SamplingParams)]

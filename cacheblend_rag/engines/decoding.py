@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import cast
 
 import torch
@@ -73,15 +74,16 @@ class TextStream:
 
     Args:
         tokenizer: Decodes.
-        stop: Strings that end the text; they are not part of it, nor is anything after them.
-        skip_special_tokens: Leave special tokens out.
+        params: Strings that end the text (they are not part of it, nor is anything after them) unless they are complete
+            within the first ``min_tokens``, and whether to leave special tokens out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._decoder = DecodeStream(skip_special_tokens=skip_special_tokens)  # holds back half characters
-        self._stop = stop
+        self._skip_special_tokens = params.skip_special_tokens
+        self._decoder = DecodeStream(skip_special_tokens=params.skip_special_tokens)  # holds back half characters
+        self._stop = params.stop
+        self._min_tokens = params.min_tokens
         self._token_ids: list[int] = []
         self._pending = ""
         self.text = ""
@@ -90,11 +92,15 @@ class TextStream:
     def add(self, token_id: int) -> str:
         """New text that is certain: no half characters, nothing that may yet become a stop string."""
         self._token_ids.append(token_id)
+        known = len(self._pending)
         self._pending += self._decoder.step(self._tokenizer.backend_tokenizer, token_id) or ""
-        ends = [end for end in map(self._pending.find, self._stop) if end >= 0]
-        if ends:
-            self.stopped = True
-            return self._send(min(ends))
+        if len(self._token_ids) > self._min_tokens:
+            # As in vLLM: of those that this token completes, the one that is complete first.
+            starts = ((self._pending.find(stop, max(known + 1 - len(stop), 0)), stop) for stop in self._stop)
+            found = [(start + len(stop), start) for start, stop in starts if start >= 0]
+            if found:
+                self.stopped = True
+                return self._send(min(found, key=operator.itemgetter(0))[1])
         return self._send(len(self._pending) - self._possible_stop())
 
     def finish(self) -> str:

@@ -31,11 +31,12 @@ class SamplingParams:
         repetition_penalty: Divides the logits of tokens that prompt or answer has, if they are positive, and multiplies
             them if they are negative; more than 0.
         logit_bias: Added to the logits of some token ids, in [-100, 100].
-        min_tokens: Fewest tokens before the answer may end by itself.
+        min_tokens: Fewest tokens before the answer may end by itself, or by a stop string that is complete after them.
         ignore_eos: Go on after an end-of-sequence token.
         stop_token_ids: Tokens that end the answer, besides the end of sequence; not part of its text.
         timeout: Seconds to wait for the answer, looked at between tokens; with a server, to wait for each of its
-            messages. None: no end, or what the server's client was given.
+            messages. Time that the reader of a stream takes between pieces does not count. None: no end, or what the
+            server's client was given.
         max_retries: How often a request that a server did not take is sent again; None: what its client was given,
             or never if there is a ``timeout``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
 import uuid
 from collections import Counter
@@ -20,7 +21,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.connected import ConnectedEngine
-from cacheblend_rag.errors import ConfigError, PromptTooLongError, ServerError, ServerTimeoutError
+from cacheblend_rag.errors import ConfigError, EngineClosedError, PromptTooLongError, ServerError, ServerTimeoutError
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.structured import structural_tag
@@ -29,6 +30,7 @@ from cacheblend_rag.vllm.settings import MOST_KEYS, PARAMS_KEY, Action
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 _RULED_OUT = -9999.0  # how vLLM writes the log-probability of a token that a constraint forbids
+_NO_PARAMS = SamplingParams()  # the patience that the client was given
 _AT_ONCE = 32  # requests of one call that are under way at a time
 
 
@@ -67,6 +69,7 @@ class ServerEngine(ConnectedEngine):
         except TypeError as error:
             raise ConfigError(f"engine_args are those of openai.OpenAI: {error}") from error
         self._async_clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
+        self._lock = threading.Lock()  # for the async clients
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cacheblend")
         self._prefetcher = Prefetcher(self._bring, batch=MOST_KEYS)
         self._numbers = itertools.count()
@@ -89,12 +92,14 @@ class ServerEngine(ConnectedEngine):
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. The server prefills chunks in its own batches, beside the queries it serves."""
+        self._check_open()
         encoded = list(self._pool.map(self._tokenize, chunks))
         self._check_chunks(encoded, self.context_window - len(self.scope.primer_ids) - 1)
         return wire.warm(encoded, lambda new: self._pool.map(lambda ids: self._ask("warm", True, ids), new), progress)
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
+        self._check_open()
         encoded = [ids for ids in self._pool.map(self._tokenize, chunks) if ids]
         return sum(answer["evicted"] for answer in self._pool.map(lambda ids: self._ask("evict", True, ids), encoded))
 
@@ -106,6 +111,7 @@ class ServerEngine(ConnectedEngine):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> str:
         """See :meth:`Engine.render_chat`. The server renders its template."""
         body: dict[str, Any] = {
@@ -117,12 +123,12 @@ class ServerEngine(ConnectedEngine):
         }
         if tools:
             body["tools"] = [dict(tool) for tool in tools]
-        return self.decode(self._post("tokenize", body)["tokens"])
+        params = SamplingParams(timeout=timeout)
+        return self._detokenize(self._post("tokenize", body, params)["tokens"], params)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`Engine.decode`."""
-        body = {"model": self.model_name, "tokens": [int(token) for token in token_ids]}
-        return str(self._post("detokenize", body)["prompt"])
+        return self._detokenize(token_ids)
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""
@@ -130,11 +136,13 @@ class ServerEngine(ConnectedEngine):
 
     def close(self) -> None:
         """Close the connections; the server goes on."""
+        with self._lock:
+            self._closed = True
+            clients, self._async_clients = self._async_clients, {}
         self._prefetcher.close()
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
-        while self._async_clients:
-            loop, client = self._async_clients.popitem()
+        for loop, client in clients.items():
             if loop.is_running():
                 asyncio.run_coroutine_threadsafe(client.close(), loop)
 
@@ -145,7 +153,8 @@ class ServerEngine(ConnectedEngine):
         config, params = self._settings(blend, sampling)
         request = self._request(prompt, config, params)
         with self._errors(params.timeout):
-            response = await self._with_options(self._async_client(), params).completions.create(**request)
+            client = _with_options(self._async_client(), params)
+            response = await client.completions.create(**request)
         return await asyncio.to_thread(self._generation, response, params, request)
 
     async def astream(
@@ -155,9 +164,11 @@ class ServerEngine(ConnectedEngine):
         config, params = self._settings(blend, sampling)
         request = self._request(prompt, config, params, stream=True)
         answer = _Answer(request)
-        client = self._with_options(self._async_client(), params)
+        client = _with_options(self._async_client(), params)
         with self._errors(params.timeout):
-            async with await client.completions.create(**request) as stream:
+            stream = await client.completions.create(**request)
+        async with stream:
+            with self._errors(params.timeout, streaming=True):
                 async for chunk in stream:
                     if piece := answer.add(chunk):
                         yield StreamPiece(piece)
@@ -174,8 +185,10 @@ class ServerEngine(ConnectedEngine):
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
         request = self._request(prompt, config, params, stream=True)
         answer = _Answer(request)
-        client = self._with_options(self._client, params)
-        with self._errors(params.timeout), client.completions.create(**request) as stream:
+        client = _with_options(self._client, params)
+        with self._errors(params.timeout):
+            stream = client.completions.create(**request)
+        with stream, self._errors(params.timeout, streaming=True):
             for chunk in stream:
                 if piece := answer.add(chunk):
                     yield StreamPiece(piece)
@@ -183,12 +196,13 @@ class ServerEngine(ConnectedEngine):
 
     def _last_piece(self, answer: _Answer, params: SamplingParams) -> StreamPiece:
         """A streamed response carries no ``kv_transfer_params``: the stats are asked for."""
-        return StreamPiece("", self._finish(answer, self._report(answer.request_id), params))
+        return StreamPiece("", self._finish(answer, self._report(answer.request_id, params), params))
 
-    def _report(self, request_id: str) -> dict[str, Any] | None:
+    def _report(self, request_id: str, params: SamplingParams) -> dict[str, Any] | None:
         """What the connector says of an earlier request; None if it can't be had: the answer is there without it."""
-        with contextlib.suppress(ServerError):
-            told: dict[str, Any] | None = self._complete(self._action("report", request_id, [0])).kv_transfer_params
+        with contextlib.suppress(ServerError, EngineClosedError):
+            response = self._complete(self._action("report", request_id, [0]), params)
+            told: dict[str, Any] | None = response.kv_transfer_params
             return told
         return None
 
@@ -248,19 +262,10 @@ class ServerEngine(ConnectedEngine):
         response = self._complete(self._action(action, value, list(ids)))
         return wire.parse_answer(response.kv_transfer_params)
 
-    def _complete(self, request: dict[str, Any], params: SamplingParams | None = None) -> Any:
-        client = self._with_options(self._client, params) if params is not None else self._client
-        with self._errors(params.timeout if params is not None else None):
-            return client.completions.create(**request)
-
-    def _with_options(self, client: Client, params: SamplingParams) -> Client:
-        """A client that shares its connections and takes this request's patience."""
-        retries = params.max_retries
-        if retries is None and params.timeout is not None:
-            retries = 0  # or it would be three times the timeout
-        options = {"timeout": params.timeout, "max_retries": retries}
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        return client.with_options(**given) if given else client
+    def _complete(self, request: dict[str, Any], params: SamplingParams = _NO_PARAMS) -> Any:
+        self._check_open()
+        with self._errors(params.timeout):
+            return _with_options(self._client, params).completions.create(**request)
 
     def _generation(self, response: Any, params: SamplingParams, request: Mapping[str, Any]) -> Generation:
         """The answer in a response that was not streamed."""
@@ -268,7 +273,7 @@ class ServerEngine(ConnectedEngine):
         answer.add(response)
         told = response.kv_transfer_params
         if told is None:  # a stop string ended the answer before vLLM's scheduler knew: the stats are asked for
-            told = self._report(answer.request_id)
+            told = self._report(answer.request_id, params)
         return self._finish(answer, told, params)
 
     def _finish(self, answer: _Answer, told: Mapping[str, Any] | None, params: SamplingParams) -> Generation:
@@ -286,6 +291,7 @@ class ServerEngine(ConnectedEngine):
         )
 
     def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        self._check_open()
         return [np.asarray(ids, np.int32) for ids in self._pool.map(self._tokenize, chunks)]
 
     def _tokenize(self, text: str) -> list[int]:
@@ -293,33 +299,51 @@ class ServerEngine(ConnectedEngine):
         tokens: list[int] = self._post("tokenize", body)["tokens"]
         return tokens
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _detokenize(self, token_ids: Sequence[int], params: SamplingParams = _NO_PARAMS) -> str:
+        body = {"model": self.model_name, "tokens": [int(token) for token in token_ids]}
+        return str(self._post("detokenize", body, params)["prompt"])
+
+    def _post(self, path: str, body: dict[str, Any], params: SamplingParams = _NO_PARAMS) -> dict[str, Any]:
         """Call what vLLM serves besides the OpenAI API, which is one level up."""
+        self._check_open()
         root = self._base_url.removesuffix("/v1")
-        with self._errors():
-            response = self._client.post(f"{root}/{path}", body=body, cast_to=object)
+        with self._errors(params.timeout):
+            response = _with_options(self._client, params).post(f"{root}/{path}", body=body, cast_to=object)
         assert isinstance(response, dict)
         return response
 
     def _async_client(self) -> openai.AsyncOpenAI:
         """A client of the running event loop: its connections belong to the loop."""
         loop = asyncio.get_running_loop()
-        if loop not in self._async_clients:
-            for ended in [other for other in list(self._async_clients) if other.is_closed()]:
-                self._async_clients.pop(ended, None)
-            self._async_clients[loop] = openai.AsyncOpenAI(base_url=self._base_url, **self._client_args)
-        return self._async_clients[loop]
+        with self._lock:
+            self._check_open()
+            if loop not in self._async_clients:
+                for ended in [other for other in self._async_clients if other.is_closed()]:
+                    del self._async_clients[ended]
+                self._async_clients[loop] = openai.AsyncOpenAI(base_url=self._base_url, **self._client_args)
+            return self._async_clients[loop]
 
     @contextlib.contextmanager
-    def _errors(self, timeout: float | None = None) -> Iterator[None]:
-        """What the client library raises, as errors of ours; ``timeout`` is the request's own."""
+    def _errors(self, timeout: float | None = None, *, streaming: bool = False) -> Iterator[None]:
+        """What the client library raises, as errors of ours.
+
+        Args:
+            timeout: The request's own.
+            streaming: The answer has begun.
+        """
         try:
             yield
+        except RuntimeError:
+            self._check_open()  # closed meanwhile, and the connections with it; so it may be further down
+            raise
         except openai.APITimeoutError as error:
             seconds = self._client.timeout if timeout is None else timeout
-            raise ServerTimeoutError(f"the server at {self._base_url} did not answer within {seconds} s") from error
+            what = "sent no more of its answer" if streaming else "did not answer"
+            raise ServerTimeoutError(f"the server at {self._base_url} {what} within {seconds} s") from error
         except openai.APIConnectionError as error:
-            raise ServerError(f"the server at {self._base_url} can't be reached: {error.__cause__ or error}") from error
+            self._check_open()
+            what = "broke off in the middle of its answer" if streaming else "can't be reached"
+            raise ServerError(f"the server at {self._base_url} {what}: {error.__cause__ or error}") from error
         except openai.AuthenticationError as error:
             raise ConfigError(f"the server at {self._base_url} refuses the api_key: give it in engine_args") from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -373,6 +397,16 @@ class _Answer:
                 self.logprobs.append({**likely, token: logprob})
         self.text += choice.text
         return str(choice.text)
+
+
+def _with_options(client: Client, params: SamplingParams) -> Client:
+    """A client that shares its connections and takes a request's own patience."""
+    retries = params.max_retries
+    if retries is None and params.timeout is not None:
+        retries = 0  # or it would be three times the timeout
+    options = {"timeout": params.timeout, "max_retries": retries}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return client.with_options(**given) if given else client
 
 
 def _token_id(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -62,7 +63,7 @@ class TransformersEngine(Engine):
         self.model_name = model
         self.blend = blend
         self._lock = threading.Lock()
-        self._loaded: LoadedModel = load_model(
+        self._model: LoadedModel | None = load_model(
             model, dtype=dtype, device=device, chat_template=chat_template, model_args=dict(engine_args)
         )
         self.context_window = self._loaded.context_window
@@ -73,9 +74,9 @@ class TransformersEngine(Engine):
         if self._chunk_room < 1:
             raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
         self.scope = ChunkScope(namespace, self._loaded.fingerprint, tuple(primer_ids.tolist()))
-        self.library = ChunkLibrary(store, self.scope)
+        self._library = ChunkLibrary(store, self.scope)
         self._prefetcher = Prefetcher(self._bring, batch=1)
-        self._reader = PromptReader(self._loaded, self.library)
+        self._prompts: PromptReader | None = PromptReader(self._loaded, self._library)
         self.counts: Counter[str] = self._reader.counts
         generation_config = self._loaded.model.generation_config
         eos = generation_config.eos_token_id if generation_config else None
@@ -91,6 +92,26 @@ class TransformersEngine(Engine):
             blend.recompute_ratio,
             store,
         )
+
+    @property
+    def library(self) -> ChunkLibrary:
+        """See the class."""
+        self._check_open()
+        return self._library
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        model = self._model
+        self._check_open()
+        assert model is not None  # only close() takes it away
+        return model
+
+    @property
+    def _reader(self) -> PromptReader:
+        reader = self._prompts
+        self._check_open()
+        assert reader is not None
+        return reader
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. A text without tokens has nothing to store and counts as already there."""
@@ -125,6 +146,7 @@ class TransformersEngine(Engine):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> str:
         """See :meth:`Engine.render_chat`."""
         options = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
@@ -140,11 +162,11 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
+        self._closed = True
         self._prefetcher.close()
-        self.library.store.close()
+        self._library.store.close()
         # What holds the weights and the primer's KV.
-        self.__dict__.pop("_loaded", None)
-        self.__dict__.pop("_reader", None)
+        self._model = self._prompts = None
 
     def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
         return [tokenize_chunk(self._loaded.tokenizer, text) for text in chunks]
@@ -203,14 +225,15 @@ class TransformersEngine(Engine):
         sampler = Sampler(params, self._loaded.model.device)
         end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
         penalties = Penalties(params, ids.tolist(), end_ids)
-        text = TextStream(self._loaded.tokenizer, params.stop, params.skip_special_tokens)
+        text = TextStream(self._loaded.tokenizer, params)
         token_ids: list[int] = []
         logprobs: list[dict[int, float]] = []
         finish_reason: FinishReason | None = None
         ready = time.perf_counter()
+        end = math.inf if params.timeout is None else started + params.timeout
         logits = prompt_read.logits
         while True:
-            if params.timeout is not None and time.perf_counter() - started > params.timeout:
+            if time.perf_counter() > end:
                 raise AnswerTimeoutError(f"the answer took more than the timeout of {params.timeout} s")
             allowed = logits if matcher is None else matcher.constrain(logits)
             token, token_logprobs = sampler.choose(allowed, penalties.apply(allowed))
@@ -231,7 +254,9 @@ class TransformersEngine(Engine):
             if finish_reason is not None:
                 break
             if piece:
+                handed_over = time.perf_counter()
                 yield StreamPiece(piece)
+                end += time.perf_counter() - handed_over
             with self._lock, torch.inference_mode():
                 logits = prompt_read.forward.decode(token)
         piece += text.finish()

@@ -122,21 +122,26 @@ class VllmEngine(ConnectedEngine):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> str:
         """See :meth:`Engine.render_chat`."""
+        self._check_open()
         options = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
         return render_chat(self._tokenizer, self.model_name, messages, tools, add_generation_prompt, options)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`Engine.decode`."""
+        self._check_open()
         return str(self._tokenizer.decode(list(token_ids)))
 
     def count_tokens(self, text: str) -> int:
         """See :meth:`Engine.count_tokens`."""
+        self._check_open()
         return len(tokenize_chunk(self._tokenizer, text))
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
+        self._closed = True
         self._prefetcher.close()
         self._thread.close()
 
@@ -235,6 +240,7 @@ class VllmEngine(ConnectedEngine):
         return wire.parse_answer(self._told(self._send_action(action, value, list(ids))))
 
     def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        self._check_open()
         return [tokenize_chunk(self._tokenizer, text) for text in chunks]
 
     def _send_action(self, action: str, value: Any, ids: list[int]) -> Request:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cacheblend_rag.errors import AnswerTimeoutError, CacheBlendError, ConfigError
+from cacheblend_rag.errors import AnswerTimeoutError, CacheBlendError, ConfigError, EngineClosedError
 from cacheblend_rag.vllm.compat import wake
 
 
@@ -56,7 +56,9 @@ class Request:
                 self._ended = True
                 raise output
             self._ended = output.value.finished
+            handed_over = time.perf_counter()
             yield output
+            self._started += time.perf_counter() - handed_over  # the reader's time does not count
 
     def _next(self) -> Output | BaseException:
         if self.timeout is None:
@@ -106,7 +108,8 @@ class EngineThread:
             params: vLLM's ``SamplingParams``.
 
         Raises:
-            CacheBlendError: the engine is closed or has died.
+            EngineClosedError: the engine is closed.
+            CacheBlendError: it has died.
         """
         request = Request(request_id, self._send_abort)
         arrived = time.time()
@@ -151,7 +154,7 @@ class EngineThread:
             started.put(error)
             return
         started.put(None)
-        end: BaseException = CacheBlendError("it was closed")
+        end: BaseException = EngineClosedError("the engine is closed: load it again")
         try:
             self._serve(engine)
         except BaseException as error:
@@ -181,4 +184,6 @@ class EngineThread:
 
 
 def _ended(end: BaseException) -> CacheBlendError:
+    if isinstance(end, EngineClosedError):
+        return EngineClosedError(*end.args)  # a new one for each request: threads raise them
     return CacheBlendError(f"the vLLM engine has ended: {end}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cacheblend_rag.chat import ChatReply, TextDelta, ToolCallDelta, ToolParser
+from cacheblend_rag.chat import ChatReply, TextDelta, ToolCallDelta, ToolParser, finding
 
 from .families import FAMILIES, Model
 
@@ -185,6 +186,41 @@ def test_what_models_write_besides(models: dict[str, Model], text: str) -> None:
     if text != "a second one cut off":  # of which the first was told before
         pieces = in_pieces(written, range(0, len(written), 1 + len(written) // 100))
         assert calls_of(streamed(ToolParser(models["hermes"].tool_format), pieces)) == calls
+
+
+class Counting:
+    """A regular expression that counts the characters it looks at."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.looked_at = 0
+        self._pattern = pattern
+
+    def search(self, text: str, at: int) -> re.Match[str] | None:
+        found = self._pattern.search(text, at)
+        self.looked_at += (len(text) if found is None else found.end()) - at
+        return found
+
+
+@pytest.mark.parametrize("value", ["many words, ", "{[", '\\"\\\\'])
+def test_a_long_call_is_not_read_again_with_each_piece(
+    model: Model, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside, inside = Counting(finding._OUTSIDE), Counting(finding._IN_STRING)
+    monkeypatch.setattr(finding, "_OUTSIDE", outside)
+    monkeypatch.setattr(finding, "_IN_STRING", inside)
+    arguments = {"text": value * 500, "list": [[1, 2, {"a": "b"}]] * 50}
+    text = model.write([("f", arguments)])
+    parser = ToolParser(model.tool_format)
+    told = [delta for piece in text for delta in parser.add(piece)]
+    assert json.loads("".join(delta.arguments for delta in told if isinstance(delta, ToolCallDelta))) == arguments
+    assert outside.looked_at + inside.looked_at < 4 * len(text)  # for arguments, object and list
+
+
+def test_a_marker_is_not_looked_for_again_in_what_was_told(models: dict[str, Model]) -> None:
+    parser = ToolParser(models["hermes"].tool_format)
+    for _ in range(1000):
+        assert parser.add("<tool> ") == [TextDelta("<tool> ")]
+    assert not parser._held
 
 
 def test_arguments_that_break_later_were_told_and_are_text_in_the_whole(models: dict[str, Model]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from cacheblend_rag import (
@@ -20,7 +24,10 @@ from cacheblend_rag import (
     UnsupportedModelError,
     load_engine,
 )
+from cacheblend_rag.engines.base import SamplingParams
+from cacheblend_rag.engines.decoding import TextStream
 from cacheblend_rag.engines.transformers import TransformersEngine
+from cacheblend_rag.errors import AnswerTimeoutError, EngineClosedError
 from cacheblend_rag.store import MemoryStore
 
 from .conftest import open_engine, random_text
@@ -110,6 +117,36 @@ def test_stop_strings_end_the_text(engine: TransformersEngine) -> None:
             assert len(generation.token_ids) < len(full.token_ids)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["a", "b", "c", " ab", "abc", "bc", "é"]), max_size=8),
+    stops=st.lists(st.text("abcé ", min_size=1, max_size=4), max_size=3),
+    min_tokens=st.integers(0, 6),
+)
+def test_stop_strings_that_are_complete_within_min_tokens_do_not_count(
+    engine: TransformersEngine, words: list[str], stops: list[str], min_tokens: int
+) -> None:
+    tokenizer = engine._loaded.tokenizer
+    ids = [token for word in words for token in tokenizer.encode(word)]
+    stream = TextStream(tokenizer, SamplingParams(stop=tuple(stops), min_tokens=min_tokens))
+    texts, said = [""], ""
+    for count, token in enumerate(ids, start=1):
+        texts.append(tokenizer.decode(ids[:count]).rstrip("\ufffd"))
+        said += stream.add(token)
+        if stream.stopped:
+            break
+    said += stream.finish()
+    assert said == stream.text
+    for before, text in itertools.pairwise(texts[min_tokens:]):
+        for end in range(len(before) + 1, len(text) + 1):
+            if ended_by := [stop for stop in stops if text[:end].endswith(stop)]:
+                assert stream.stopped and text == texts[-1]
+                assert said in [text[: end - len(stop)] for stop in ended_by]
+                return
+    assert not stream.stopped
+    assert said == texts[-1]
+
+
 def test_length_and_end_of_sequence(engine: TransformersEngine) -> None:
     prompt = engine.render_chat([{"role": "user", "content": "Say yes."}])
     short = engine.generate(prompt, max_tokens=1)
@@ -171,6 +208,45 @@ def test_threads_share_an_engine(engine: TransformersEngine) -> None:
     for thread in threads:
         thread.join()
     assert got == expected
+
+
+def test_the_readers_time_is_no_time_of_the_answer(engine: TransformersEngine) -> None:
+    stream = engine.stream("Once upon a time", max_tokens=2, ignore_eos=True, timeout=1.5)
+    assert next(stream).generation is None
+    time.sleep(1.6)
+    assert next(stream).generation is not None
+    with pytest.raises(AnswerTimeoutError, match=r"more than the timeout of 0\.01 s"):
+        list(engine.stream("Once upon a time", max_tokens=40, ignore_eos=True, timeout=0.01))
+
+
+async def test_a_closed_engine_says_so(smollm2: str) -> None:
+    engine = open_engine(smollm2)
+    stream = engine.stream("Once", max_tokens=1)
+    engine.close()
+    engine.close()
+    calls: list[Callable[[], object]] = [
+        lambda: engine.warm(["text"]),
+        lambda: engine.evict(["text"]),
+        lambda: engine.evict_keys(["key"]),
+        lambda: engine.is_warm(["text"]),
+        lambda: engine.chunk_keys(["text"]),
+        lambda: engine.stored_keys(),
+        lambda: engine.generate("Once", max_tokens=1),
+        lambda: engine.stream("Once", max_tokens=1),
+        lambda: next(stream),
+        lambda: engine.render_chat([{"role": "user", "content": "Once"}]),
+        lambda: engine.decode([1]),
+        lambda: engine.count_tokens("Once"),
+        lambda: engine.tool_format,
+    ]
+    for call in calls:
+        with pytest.raises(EngineClosedError, match="closed: load it again"):
+            call()
+    with pytest.raises(RuntimeError, match="closed"):
+        await engine.agenerate("Once", max_tokens=1)
+    with pytest.raises(RuntimeError, match="closed"):
+        await anext(engine.astream("Once", max_tokens=1))  # type: ignore[call-overload]
+    engine.prefetch(["text"])  # which never fails
 
 
 def test_an_abandoned_stream_blocks_nobody(engine: TransformersEngine) -> None:

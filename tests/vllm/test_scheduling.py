@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cacheblend_rag import StoreError
+from cacheblend_rag.errors import AnswerTimeoutError, EngineClosedError
 from cacheblend_rag.vllm.forward import PagedForward
 
 from .conftest import (
@@ -190,10 +191,8 @@ def test_an_abort_in_mid_blend(case: Case) -> None:
     free = owner.kv_cache_manager.block_pool.get_num_free_blocks()
     worker.run_blends = blend_and_hang_up
     try:
-        stream = engine.stream(case.prompt(4), max_tokens=8)
-        waiter = threading.Thread(target=lambda: next(stream), daemon=True)
-        waiter.start()
-        waiter.join(timeout=2)  # nobody answers an aborted request
+        with pytest.raises(AnswerTimeoutError):  # nobody answers an aborted request
+            engine.generate(case.prompt(4), max_tokens=8, timeout=2)
     finally:
         del worker.run_blends
     assert_alike([engine.generate(case.prompt(4), max_tokens=8, logprobs=3)], expected)
@@ -298,7 +297,10 @@ def test_prefetching_delays_no_step(case: Case, monkeypatch: pytest.MonkeyPatch)
     assert_alike([engine.generate(case.prompt(0), max_tokens=4, logprobs=3)], expected)
 
 
-def test_prefetching_ends_with_the_engine(case: Case, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_under_way_ends_with_the_engine(case: Case, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = case.engine
+    begun = engine.stream("a prompt", max_tokens=500, ignore_eos=True)
+    next(begun)
     store = connectors(case.engine)[1]._worker._store
     store.memory.close()
     reading, read = threading.Event(), store.disk.get
@@ -313,3 +315,18 @@ def test_prefetching_ends_with_the_engine(case: Case, engines: Engines, monkeypa
     assert reading.wait(timeout=20)
     engines.close()
     assert not any(thread.name == "cacheblend-prefetch" for thread in threading.enumerate())
+    calls: list[Callable[[], object]] = [
+        lambda: list(begun),
+        lambda: engine.generate("a prompt", max_tokens=1),
+        lambda: engine.warm(["text"]),
+        lambda: engine.is_warm(["text"]),
+        lambda: engine.evict(["text"]),
+        lambda: engine.evict_keys(["key"]),
+        lambda: engine.stored_keys(),
+        lambda: engine.render_chat([{"role": "user", "content": "Once"}]),
+        lambda: engine.decode([1]),
+        lambda: engine.count_tokens("Once"),
+    ]
+    for call in calls:
+        with pytest.raises(EngineClosedError, match="closed: load it again"):
+            call()

@@ -380,7 +380,7 @@ def test_what_breaks_off_is_an_error_and_no_short_answer(engine: ServerEngine, m
     with pytest.raises(ServerError, match="broke off: no room"), engine._errors():  # an error among a stream's events
         raise openai.APIError("no room", httpx.Request("POST", "http://localhost"), body=None)
 
-    def unreachable(request: dict[str, Any]) -> Any:
+    def unreachable(*_: Any) -> Any:
         raise ServerError("gone")
 
     monkeypatch.setattr(engine, "_complete", unreachable)  # the answer has come, its stats can't be had

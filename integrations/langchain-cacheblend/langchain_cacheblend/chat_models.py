@@ -298,6 +298,7 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
     ) -> tuple[ChatPrompt, list[dict[str, Any]]]:
         """The prompt, and keyword arguments for the engine for each answer."""
         refuse_unknown(settings, ["blend", "n", *SAMPLING, *_CHAT_SETTINGS])
+        request = {name: settings.get(name, getattr(self, name)) for name in SAMPLING}
         chat = prepare_chat(
             self.engine,
             _openai_messages(messages),
@@ -307,8 +308,8 @@ class ChatCacheBlend(EngineModel, BaseChatModel):
             structured_outputs=_structured_outputs(settings),
             continue_final_message=settings.get("continue_final_message", False),
             chat_template_kwargs={**self.chat_template_kwargs, **(settings.get("chat_template_kwargs") or {})},
+            timeout=request["timeout"],
         )
-        request = {name: settings.get(name, getattr(self, name)) for name in SAMPLING}
         if stop is not None:
             request["stop"] = stop
         top = settings.get("top_logprobs", self.top_logprobs)

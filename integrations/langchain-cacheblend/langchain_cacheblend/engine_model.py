@@ -32,24 +32,8 @@ _LOAD_SETTINGS = (
 )
 _PATIENCE = ("timeout", "max_retries")  # change no answer
 _API_KEY_VARIABLE = "CACHEBLEND_API_KEY"
-SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "min_tokens",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "timeout",
-    "max_retries",
-)
+_PER_CALL = ("logprobs", "structured_outputs", "skip_special_tokens")
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name not in _PER_CALL)
 """Settings of both classes, and of their calls, that are fields of ``SamplingParams``."""
 
 

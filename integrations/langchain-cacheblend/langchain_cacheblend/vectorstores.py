@@ -34,7 +34,7 @@ class _Wrapped:
 
 
 class CacheBlendVectorStore(VectorStore):
-    """Any vector store, plus this: what is added is warmed, what is deleted is evicted.
+    """Any vector store, plus this: what is added is warmed, what is deleted or replaced is evicted.
 
     The text that is warmed is exactly ``page_content``. Prompts may put anything around it: it is recognised by its
     content.
@@ -109,20 +109,25 @@ class CacheBlendVectorStore(VectorStore):
         return store
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        """Warm documents, then add them to the wrapped store.
+        """Warm documents, evict the chunks of those that they replace, then add them to the wrapped store.
+
+        A document is replaced by one with its id, if the wrapped store does that. What :meth:`delete` says of texts
+        that stay warm goes for it too.
 
         Raises:
             ChunkTooLongError: a document does not fit the model's context. The index is unchanged.
             StoreError: the chunk store can't be written. The index is unchanged.
         """
         texts = [document.page_content for document in documents]
-        self.engine.warm(texts)
+        ids = _ids_of(documents, **kwargs)
+        self._exchange(ids, self._find(ids), texts)
         return self._remember(self.vectorstore.add_documents(documents, **kwargs), texts)
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        """Like :meth:`add_documents`; warming runs in a thread."""
+        """Like :meth:`add_documents`; warming and evicting run in a thread."""
         texts = [document.page_content for document in documents]
-        await asyncio.to_thread(self.engine.warm, texts)
+        ids = _ids_of(documents, **kwargs)
+        await asyncio.to_thread(self._exchange, ids, await self._afind(ids), texts)
         return self._remember(await self.vectorstore.aadd_documents(documents, **kwargs), texts)
 
     def add_texts(
@@ -133,9 +138,10 @@ class CacheBlendVectorStore(VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Warm texts, then add them to the wrapped store; raises like :meth:`add_documents`."""
+        """Like :meth:`add_documents`, for texts."""
         texts = list(texts)
-        self.engine.warm(texts)
+        replacing = _given_ids(ids)
+        self._exchange(replacing, self._find(replacing), texts)
         return self._remember(self.vectorstore.add_texts(texts, metadatas, **_given(ids), **kwargs), texts)
 
     async def aadd_texts(
@@ -146,9 +152,10 @@ class CacheBlendVectorStore(VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Like :meth:`add_texts`; warming runs in a thread."""
+        """Like :meth:`add_texts`; warming and evicting run in a thread."""
         texts = list(texts)
-        await asyncio.to_thread(self.engine.warm, texts)
+        replacing = _given_ids(ids)
+        await asyncio.to_thread(self._exchange, replacing, await self._afind(replacing), texts)
         return self._remember(await self.vectorstore.aadd_texts(texts, metadatas, **_given(ids), **kwargs), texts)
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
@@ -266,6 +273,33 @@ class CacheBlendVectorStore(VectorStore):
             raise AttributeError(name)
         return getattr(self.vectorstore, name)
 
+    def _find(self, ids: list[str]) -> list[Document]:
+        """The documents that are in the index under some ids, as far as they can be known."""
+        try:
+            return self.vectorstore.get_by_ids(ids) if ids else []
+        except Exception as error:
+            return self._unknown_replaced(error)
+
+    async def _afind(self, ids: list[str]) -> list[Document]:
+        try:
+            return await self.vectorstore.aget_by_ids(ids) if ids else []
+        except Exception as error:
+            return self._unknown_replaced(error)
+
+    def _unknown_replaced(self, error: Exception) -> list[Document]:
+        # Some stores only come to be with their first document: a lookup that fails is no reason not to add it.
+        if not isinstance(error, NotImplementedError):
+            name = type(self.vectorstore).__name__
+            logger.warning("%s.get_by_ids failed, so the chunks of replaced documents stay: %s", name, error)
+        return []
+
+    def _exchange(self, ids: list[str], replaced: list[Document], texts: list[str]) -> None:
+        """Warm the texts that come to stand behind some ids, and evict those that stood there."""
+        self.engine.warm(texts)
+        kept = set(texts)
+        if gone := [text for text in self._texts_only_in(ids, replaced) if text not in kept]:
+            self.engine.evict(gone)
+
     def _remember(self, ids: list[str], texts: list[str]) -> list[str]:
         self._text_hashes.update(zip(ids, map(hash, texts), strict=False))
         return ids
@@ -277,8 +311,8 @@ class CacheBlendVectorStore(VectorStore):
         return deleted
 
     def _texts_only_in(self, ids: Sequence[str], documents: list[Document]) -> list[str]:
-        remaining = self._text_hashes.keys() - set(ids)
-        held = {self._text_hashes[id_] for id_ in remaining}
+        leaving = set(ids)
+        held = {text_hash for id_, text_hash in list(self._text_hashes.items()) if id_ not in leaving}
         texts = dict.fromkeys(document.page_content for document in documents)
         return [text for text in texts if hash(text) not in held]
 
@@ -311,3 +345,12 @@ def _batches(ids: Iterable[str]) -> list[list[str]]:
 def _given(ids: list[str] | None) -> dict[str, list[str]]:
     # Not every store's methods take ids.
     return {} if ids is None else {"ids": ids}
+
+
+def _given_ids(ids: Iterable[str | None] | None) -> list[str]:
+    return [id_ for id_ in ids or [] if id_]
+
+
+def _ids_of(documents: list[Document], ids: Iterable[str | None] | None = None, **kwargs: Any) -> list[str]:
+    """The ids that documents are added under, those that are to be made left out."""
+    return _given_ids([document.id for document in documents] if ids is None else ids)

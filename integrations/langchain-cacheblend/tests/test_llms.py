@@ -274,6 +274,8 @@ def test_serialised_as_its_settings(llm_from_settings: CacheBlendLLM, prompt: st
     assert json.loads(dumps(revived)) == data
     assert revived.invoke(prompt) == llm_from_settings.invoke(prompt) == answer
     revived.engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        revived.invoke(prompt)
 
 
 def test_serialised_without_what_it_may_not_hold(llm: CacheBlendLLM, engine: Engine) -> None:

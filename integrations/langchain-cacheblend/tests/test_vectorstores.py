@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ Passages = Callable[[int], list[str]]
 AssertLoopRuns = Callable[[Awaitable[object]], Awaitable[None]]
 WasWarm = Callable[[list[str]], list[bool]]
 EMBEDDING = DeterministicFakeEmbedding(size=16)
+ADDS = ["add_documents", "add_texts", "aadd_documents", "aadd_texts"]
 
 
 def _faiss() -> FAISS:
@@ -94,7 +96,7 @@ class _NamedPoints(QdrantVectorStore):
         return Document(found.page_content, id=metadata.pop("name"), metadata=metadata)
 
 
-@pytest.mark.parametrize("method", ["add_documents", "add_texts", "aadd_documents", "aadd_texts"])
+@pytest.mark.parametrize("method", ADDS)
 async def test_added_documents_are_reused(
     store: CacheBlendVectorStore, engine: Engine, passages: Passages, method: str
 ) -> None:
@@ -151,6 +153,69 @@ def test_replaced_text_no_longer_holds_a_chunk(engine: Engine, passages: Passage
     assert was_warm([old, new]) == [False, True]
 
 
+async def _add(store: CacheBlendVectorStore, method: str, texts: list[str], ids: list[str]) -> None:
+    """By the ids of documents, or by those given."""
+    if "documents" in method:
+        added = getattr(store, method)([Document(text, id=id_) for text, id_ in zip(texts, ids, strict=True)])
+    else:
+        added = getattr(store, method)(texts, ids=ids)
+    assert (await added if method.startswith("aadd") else added) == ids
+
+
+@pytest.mark.parametrize("method", ADDS)
+async def test_a_replaced_document_is_evicted_with_the_last_that_holds_its_text(
+    engine: Engine, passages: Passages, was_warm: WasWarm, method: str
+) -> None:
+    store = CacheBlendVectorStore(InMemoryVectorStore(EMBEDDING), engine)
+    old, shared, kept, new, newer = texts = [text[:60] for text in passages(5)]
+    await _add(store, method, [old, shared, shared, kept], ["a", "b", "c", "d"])
+    await _add(store, method, [new, newer, kept], ["a", "b", "d"])
+    assert engine.is_warm(texts) == [False, True, True, True, True]
+    await _add(store, method, [newer, kept, new], ["a", "b", "d"])  # texts that change places stay
+    assert engine.is_warm(texts) == [False, True, True, True, True]
+    restarted = CacheBlendVectorStore(store.vectorstore, engine)
+    await _add(restarted, method, [old], ["c"])
+    assert was_warm(texts) == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("method", ADDS)
+async def test_a_failed_warm_evicts_nothing(
+    engine: Engine,
+    passages: Passages,
+    was_warm: WasWarm,
+    while_disk_is_full: Callable[[], AbstractContextManager[None]],
+    method: str,
+) -> None:
+    store = CacheBlendVectorStore(InMemoryVectorStore(EMBEDDING), engine)
+    old, new = passages(2)
+    await _add(store, method, [old], ["a"])
+    with while_disk_is_full(), pytest.raises(StoreError):
+        await _add(store, method, [new], ["a"])
+    assert store.get_by_ids(["a"])[0].page_content == old
+    assert was_warm([old, new]) == [True, False]
+
+
+@pytest.mark.parametrize("use_async", [False, True])
+async def test_a_store_that_its_first_document_makes(
+    engine: Engine, passages: Passages, was_warm: WasWarm, caplog: pytest.LogCaptureFixture, use_async: bool
+) -> None:
+    class Lazy(InMemoryVectorStore):
+        def get_by_ids(self, ids: Any, /) -> list[Document]:
+            if not self.store:
+                raise LookupError("no such collection")
+            return super().get_by_ids(ids)
+
+        async def aget_by_ids(self, ids: Any, /) -> list[Document]:
+            return self.get_by_ids(ids)
+
+    store = CacheBlendVectorStore(Lazy(EMBEDDING), engine)
+    texts = passages(2)
+    for text in texts:
+        await _add(store, "aadd_texts" if use_async else "add_texts", [text], ["a"])
+    assert was_warm(texts) == [False, True]
+    assert caplog.text.count("no such collection") == 1
+
+
 def test_failed_delete_leaves_the_index(store: CacheBlendVectorStore, passages: Passages) -> None:
     store.add_texts(passages(2), ids=["a", "b"])
     if isinstance(store.vectorstore, FAISS):
@@ -190,7 +255,7 @@ async def test_too_long_document_leaves_index_and_chunks(
 
 
 @pytest.mark.usefixtures("full_disk")
-@pytest.mark.parametrize("method", ["add_documents", "add_texts", "aadd_documents", "aadd_texts"])
+@pytest.mark.parametrize("method", ADDS)
 async def test_full_disk_leaves_the_index(store: CacheBlendVectorStore, passages: Passages, method: str) -> None:
     texts = passages(2)
     with pytest.raises(StoreError):

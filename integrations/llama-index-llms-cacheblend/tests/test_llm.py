@@ -344,6 +344,8 @@ def test_serialised_as_its_settings(llm_from_settings: CacheBlendLLM, prompt: st
     assert revived.complete(prompt, blend=llm_from_settings.blend).text == answers[False]
     assert json.loads(revived.to_json()) == data
     revived.engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        revived.complete(prompt)
 
 
 def test_serialised_without_secrets(llm_from_settings: CacheBlendLLM) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import pickle
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +21,7 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import SimpleVectorStore
 
 from llama_index.llms.cacheblend import CacheBlendPipeline, CacheBlendTransform
+from llama_index.llms.cacheblend.ledger import Ledger
 
 Passages = Callable[..., list[str]]
 FullDisk = Callable[[], AbstractContextManager[None]]
@@ -90,12 +92,19 @@ def test_an_index_over_documents(
     assert engine.is_warm([a, c]) == [False, True]
 
 
-@pytest.mark.parametrize("use_async", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "use_async"), [(IngestionPipeline, False), (IngestionPipeline, True), (CacheBlendPipeline, True)]
+)
 async def test_a_cached_run_warms_what_is_cold(
-    engine: Engine, transform: CacheBlendTransform, passages: Passages, embedding: Any, use_async: bool
+    engine: Engine,
+    transform: CacheBlendTransform,
+    passages: Passages,
+    embedding: Any,
+    cls: type[IngestionPipeline],
+    use_async: bool,
 ) -> None:
     a, b, c = passages(3)
-    pipeline = _pipeline(transform, embedding)
+    pipeline = _pipeline(transform, embedding, cls=cls)
     documents = _documents(one=f"{a}\n\n{b}", two=c)
     for _ in range(3):
         assert await _run(pipeline, use_async, documents) == [a, b, c]
@@ -231,6 +240,24 @@ async def test_event_loop_is_not_blocked(
     transform: CacheBlendTransform, passages: Passages, assert_loop_runs: AssertLoopRuns
 ) -> None:
     await assert_loop_runs(transform.acall([TextNode(text=text) for text in passages(4)]))
+
+
+async def test_a_pipeline_asks_the_ledger_in_threads(passages: Passages, engine: Engine, embedding: Any) -> None:
+    asked_in: list[threading.Thread] = []
+
+    class Watched(CacheBlendTransform):
+        def _open_ledger(self) -> Ledger:
+            asked_in.append(threading.current_thread())
+            return super()._open_ledger()
+
+    transform = Watched(engine=engine)
+    pipeline = _pipeline(transform, embedding, DocstoreStrategy.UPSERTS, CacheBlendPipeline)
+    (text,) = passages(1)
+    await pipeline.arun(documents=_documents(one=text))
+    assert asked_in
+    assert threading.current_thread() not in asked_in
+    transform.to_dict()  # asked outside of a run, it looks again
+    assert asked_in[-1] is threading.current_thread()
 
 
 async def test_several_at_once(engine: Engine, passages: Passages, tmp_path: Path) -> None:

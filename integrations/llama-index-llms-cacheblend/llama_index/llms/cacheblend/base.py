@@ -398,6 +398,7 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
                 structured_outputs=structured,
                 continue_final_message=kwargs.get("continue_final_message", False),
                 chat_template_kwargs=kwargs.get("chat_template_kwargs"),
+                timeout=request.get("timeout"),
             )
         return chat, {**request, **chat.sampling}
 

@@ -8,8 +8,10 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cacheblend_rag.engines.base import Engine
@@ -18,6 +20,9 @@ from llama_index.core.storage.docstore import BaseDocumentStore
 
 from llama_index.llms.cacheblend.engines import HoldsEngine, obtain_engine, split_settings
 from llama_index.llms.cacheblend.ledger import DocumentChunks, Ledger
+
+STATES: ContextVar[Mapping[int, list[object]]] = ContextVar("cacheblend_states", default=MappingProxyType({}))
+"""States of transformations by ``id()``, found out ahead: an event loop that asks ``to_dict`` can't wait for files."""
 
 
 class CacheBlendTransform(HoldsEngine, TransformComponent):
@@ -74,12 +79,18 @@ class CacheBlendTransform(HoldsEngine, TransformComponent):
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """What a pipeline's cache keys on: it changes with everything that may have made a chunk cold."""
-        data = super().to_dict(**kwargs)
+        return {**super().to_dict(**kwargs), "state": STATES.get().get(id(self)) or self.find_state()}
+
+    def find_state(self) -> list[object]:
+        """What changes with everything that may have made a chunk cold.
+
+        Raises:
+            StoreError: the ledger or the chunk store can't be read.
+        """
         with self._open_ledger() as ledger:
             lost = sorted(ledger.lost(self.engine.stored_keys()))
             digest = hashlib.blake2b("".join(lost).encode(), digest_size=16).hexdigest()
-            state = [self.engine.scope.digest, ledger.id, ledger.generation, digest]
-        return {**data, "state": state}
+            return [self.engine.scope.digest, ledger.id, ledger.generation, digest]
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Warm nodes and return them as they are. Without nodes, only chunks that were lost are warmed again.
