@@ -12,22 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import PolicyError
-from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.layout import PromptLayout, upload
 from cacheblend_rag.policies import get_policy
+
+
+class Moment(Protocol):
+    """A point in time, such as ``time.perf_counter()``; on a GPU one that may not have come yet."""
+
+    def __sub__(self, earlier: Any, /) -> float:
+        """Seconds since an earlier moment; waits until this one has come."""
 
 
 class BlendForward(Protocol):
     """One prompt inside an engine: its KV, partly loaded from chunks, and the model that can run over any of its rows.
 
-    Rows are int64 positions, ascending. Every method computes with exact causality: a row sees keys 0 .. its own
-    position.
+    Rows are int64 positions, ascending, on the CPU or on the engine's device; what is returned is on either. On a GPU
+    nothing here is read back to the host, which prepares the next pass while the GPU is busy with the last.
+    Every method computes with exact causality: a row sees keys 0 .. its own position.
 
     Attributes:
         num_layers: Decoder layers.
@@ -36,6 +43,12 @@ class BlendForward(Protocol):
 
     num_layers: int
     exact_tokens: int
+
+    def now(self) -> Moment:
+        """This moment in the engine's work, which may lag behind the caller's."""
+
+    def affordable_rows(self, rows: int) -> int:
+        """The most rows, up to ``rows``, that :meth:`recompute` runs without waste; ``rows`` if it doesn't matter."""
 
     def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
         """Run rows up to the values of ``layer``, keeping their fresh KV there and in the layers before.
@@ -73,15 +86,27 @@ class BlendResult:
         logits: float32 ``[vocabulary]``: logits of the first token; empty if the engine computes the last row itself.
         recomputed: int64: the matched positions that were recomputed.
         policy: Who chose them; empty where there was nothing to choose.
-        select_seconds: Time to choose.
-        recompute_seconds: Time of the fusing pass.
+        started: When choosing began,
+        selected: when it ended and the fusing pass began,
+        finished: and when that ended.
     """
 
     logits: torch.Tensor
     recomputed: torch.Tensor
     policy: str
-    select_seconds: float
-    recompute_seconds: float
+    started: Moment
+    selected: Moment
+    finished: Moment
+
+    @property
+    def select_seconds(self) -> float:
+        """Time to choose. On a GPU this waits for the blend to end."""
+        return self.selected - self.started
+
+    @property
+    def recompute_seconds(self) -> float:
+        """Time of the fusing pass; likewise."""
+        return self.finished - self.selected
 
 
 def recompute_budget(layout: PromptLayout, ratio: float) -> int:
@@ -107,7 +132,7 @@ def blend(
     Raises:
         PolicyError: the policy returned positions that it may not return.
     """
-    started = time.perf_counter()
+    started = forward.now()
     budget = recompute_budget(layout, config.recompute_ratio)
     policy_name = ""
     if chosen is not None:
@@ -117,14 +142,16 @@ def blend(
     elif budget == 0:
         chosen = layout.matched[:0]
     else:
+        needed = int((layout.missed >= forward.exact_tokens).sum())
+        budget = max(forward.affordable_rows(budget + needed) - needed, 1)
         policy = get_policy(config.policy)
         policy_name, chosen = policy.select(forward, layout, budget, config)
         _check_choice(policy_name, chosen, layout, budget)
-    selected = time.perf_counter()
-    rows = torch.cat([chosen, layout.missed]).sort().values
+    selected = forward.now()
     # What stands before the first segment may have become exact while selecting.
-    logits = forward.recompute(rows[rows >= forward.exact_tokens])
-    return BlendResult(logits, chosen, policy_name, selected - started, time.perf_counter() - selected)
+    missed = layout.missed[layout.missed >= forward.exact_tokens]
+    logits = forward.recompute(torch.cat([chosen, upload(missed, chosen.device)]).sort().values)
+    return BlendResult(logits, chosen, policy_name, started, selected, forward.now())
 
 
 def _check_choice(policy: str, chosen: torch.Tensor, layout: PromptLayout, budget: int) -> None:
@@ -135,6 +162,8 @@ def _check_choice(policy: str, chosen: torch.Tensor, layout: PromptLayout, budge
         )
     if len(chosen) > budget:
         raise PolicyError(f"policy {policy!r} chose {len(chosen)} tokens with a budget of {budget}")
+    if chosen.device.type != "cpu":
+        return  # to read them back would stall the GPU; ``top_positions`` keeps to the rest
     if bool((chosen[1:] <= chosen[:-1]).any()):
         raise PolicyError(f"policy {policy!r} must return ascending positions without repeats")
     if not bool(torch.isin(chosen, layout.matched).all()):

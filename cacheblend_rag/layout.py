@@ -101,6 +101,13 @@ class PromptLayout:
         return self.segments[-1].end if self.segments else self.prefix
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, without waiting for the work that is under way there."""
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _common_length(prompt_ids: TokenIds, primer_ids: TokenIds) -> int:
     """How many tokens of the primer the prompt begins with."""
     common = min(len(prompt_ids), len(primer_ids))

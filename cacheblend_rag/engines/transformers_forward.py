@@ -8,6 +8,7 @@ stop a pass once a layer's values are known. Nothing is written per architecture
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ class PromptForward:
         self._model = model
         self._token_ids = token_ids
         self._kv = kv
+
+    def now(self) -> float:
+        """See :meth:`blending.BlendForward.now`."""
+        return time.perf_counter()
+
+    def affordable_rows(self, rows: int) -> int:
+        """See :meth:`blending.BlendForward.affordable_rows`."""
+        return rows
 
     def place_exact(self, kv: torch.Tensor) -> None:
         """Copy the KV of the first tokens, ``[layers, 2, tokens, kv_heads, head_dim]``, computed at these positions."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cacheblend_rag.layout import upload
 from cacheblend_rag.policies.base import top_positions
 
 if TYPE_CHECKING:
@@ -33,9 +34,12 @@ class HKVD:
         candidates = layout.matched
         checks = len(config.check_layers)
         for done, layer in enumerate(config.check_layers, start=1):
-            rows = torch.cat([candidates, missed]).sort().values
-            deviations = forward.deviations(rows, layer)[torch.isin(rows, candidates)]
+            rows = torch.cat([candidates, upload(missed, candidates.device)]).sort().values
+            among_rows = torch.searchsorted(rows, candidates)
+            deviations = forward.deviations(rows, layer)
             # Gradual filtering: the share kept shrinks linearly to the budget at the last check layer.
             keep = budget * (2 * checks - done) // checks
-            candidates = top_positions(candidates, deviations, keep)
+            candidates = top_positions(
+                upload(candidates, deviations.device), deviations[upload(among_rows, deviations.device)], keep
+            )
         return "hkvd", candidates

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cacheblend_rag.layout import upload
 from cacheblend_rag.policies.base import top_positions
 from cacheblend_rag.policies.hkvd import HKVD
 
@@ -39,6 +40,11 @@ class QueryAware:
         question = torch.arange(layout.question_start, layout.length)[-MAX_QUESTION_TOKENS:]
         if len(question) < MIN_QUESTION_TOKENS:
             return HKVD().select(forward, layout, budget, config)
-        layers = range(forward.num_layers // 2, forward.num_layers)
-        attention = forward.question_attention(layout.missed, question, layers)
-        return "query_aware", top_positions(layout.matched, attention[layout.matched], budget)
+        attention = forward.question_attention(layout.missed, question, watched_layers(forward.num_layers))
+        matched = upload(layout.matched, attention.device)
+        return "query_aware", top_positions(matched, attention[matched], budget)
+
+
+def watched_layers(num_layers: int) -> range:
+    """The layers where the question's attention counts: the last half."""
+    return range(num_layers // 2, num_layers)

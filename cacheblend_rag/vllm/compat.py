@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from cacheblend_rag.errors import ConfigError
 
@@ -59,6 +62,53 @@ def wake(engine: Any) -> None:
         from vllm.v1.engine import EngineCoreOutputs
 
         waited_for.put_nowait(EngineCoreOutputs())
+
+
+@contextlib.contextmanager
+def fast_operators(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model that vLLM has compiled run fast outside of what was compiled.
+
+    There its norms, rotations and activations are plain torch, for the compiler to fuse. Run as they stand they take
+    twice as long as vLLM's own kernels, which this brings back.
+    """
+    if next(model.parameters()).device.type != "cuda":
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for operator in _native_operators(model):
+            stack.callback(setattr, operator, "_forward_method", operator._forward_method)
+            operator._forward_method = operator.forward_cuda
+        with contextlib.suppress(ImportError):
+            from vllm import ir
+
+            for norm in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+                kernels = [name for name in ("vllm_c", "native") if name in norm.impls]
+                stack.enter_context(norm.set_priority(kernels))
+        yield
+
+
+@functools.lru_cache(maxsize=1)  # to walk through all modules takes a millisecond
+def _native_operators(model: torch.nn.Module) -> list[Any]:
+    """The operators that run as plain torch though they have a kernel."""
+    from vllm.model_executor.custom_op import CustomOp
+
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, CustomOp)
+        and type(module).forward_cuda is not CustomOp.forward_cuda
+        and getattr(module._forward_method, "__func__", None) is type(module).forward_native
+    ]
+
+
+def flash_attention_3(attention: Any) -> Callable[..., Any] | None:
+    """VLLM's ``flash_attn_varlen_func``, if an attention layer runs on FlashAttention 3."""
+    if getattr(attention.impl, "vllm_flash_attn_version", None) != 3:
+        return None
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    found: Callable[..., Any] = flash_attn_varlen_func
+    return found
 
 
 # Differences that need no code here because one way of writing works for both:

@@ -34,7 +34,7 @@ from cacheblend_rag.vllm.compat import check_version
 from cacheblend_rag.vllm.messages import BlendJob, Refusal, StepJobs, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
-from cacheblend_rag.vllm.probe import probe
+from cacheblend_rag.vllm.probe import probe, probed_kernel_passes
 from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
 from cacheblend_rag.vllm.settings import ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
@@ -158,6 +158,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         try:
             model = PagedModel(find_model(), self._vllm_config, self._kv_cache_config)
             probe(model)
+            if model.kv.device.type == "cuda":
+                model.kernel_passes = probed_kernel_passes(model, self._settings.gpu_bytes)
         except UnsupportedModelError as error:
             self._give_up(error)
             return
@@ -206,11 +208,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """See the base class."""
-        if self._worker is None or not self._worker.reports:
-            return None
-        reports = WorkerReports(self._engine_id, self._worker.reports)
-        self._worker.reports = {}
-        return reports
+        reports = self._worker.take_reports() if self._worker is not None else {}
+        return WorkerReports(self._engine_id, reports) if reports else None
 
     # Anywhere
 

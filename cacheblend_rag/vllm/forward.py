@@ -4,11 +4,16 @@ The model's own ``forward`` runs over any rows of the prompt, with attention lef
 neighbouring rows is one sequence over the same block table that ends at its last row's position, which makes the
 backend's causal attention exact for it. Hooks on the attention layers watch or stop a pass. Nothing is written per
 architecture.
+
+That is the simple path, right everywhere. On a GPU, passes over scattered rows and over the question go through
+``kernel_passes.py``, which gives the same in less time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,16 +22,33 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from cacheblend_rag.attention.rows import watch
+from cacheblend_rag.blending import Moment
 from cacheblend_rag.chunks import ChunkKV
+from cacheblend_rag.layout import upload
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.rope import rotate_keys, shift_table
+from cacheblend_rag.vllm.compat import fast_operators
 from cacheblend_rag.vllm.model import PagedModel
+
+_FEW_RUNS = 8  # of neighbouring rows: so few are fast as sequences of the backend
 
 Hook = Callable[[Any, tuple[torch.Tensor, ...]], None]
 
 
 class _Stop(Exception):
     """Ends a pass early: what was asked for is known."""
+
+
+class _GpuMoment:
+    """The point that the current stream will have reached when it has done what it has been given."""
+
+    def __init__(self) -> None:
+        self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def __sub__(self, earlier: _GpuMoment) -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 class PagedForward:
@@ -50,13 +72,25 @@ class PagedForward:
         self.exact_tokens = exact_tokens
         self.deviation_passes: list[tuple[torch.Tensor, int]] = []
         self._model = model
-        self._token_ids = token_ids.to(model.kv.device)
+        self._token_ids = upload(token_ids, model.kv.device)
         blocks = -(-len(token_ids) // model.kv.block_size)
-        self._block_ids = torch.tensor(block_ids[:blocks], dtype=torch.int64, device=model.kv.device)
+        self._block_ids = upload(torch.tensor(block_ids[:blocks], dtype=torch.int64), model.kv.device)
+
+    def now(self) -> Moment:
+        """See :meth:`blending.BlendForward.now`."""
+        return _GpuMoment() if self._token_ids.is_cuda else time.perf_counter()
+
+    def affordable_rows(self, rows: int) -> int:
+        """See :meth:`blending.BlendForward.affordable_rows`."""
+        passes = self._model.kernel_passes
+        # The last row of the prompt, which is left to vLLM, is none of the pass.
+        return rows if passes is None else passes.affordable_rows(rows - 1) + 1
 
     def place(self, pieces: Sequence[tuple[ChunkKV, Segment]]) -> None:
         """Write the KV of runs of chunks at their positions, keys shifted there, this rank's heads of it."""
         model = self._model
+        if model.kernel_passes is not None and model.kernel_passes.stream.place(pieces, self._block_ids):
+            return
         device = model.kv.device
         old = torch.cat([torch.arange(s.length, device=device) + (c.start + s.offset) for c, s in pieces])
         new = torch.cat([torch.arange(s.start, s.end, device=device) for _, s in pieces])
@@ -72,6 +106,8 @@ class PagedForward:
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """The KV at positions ``start .. end - 1``, this rank's heads: ``[layers, 2, tokens, kv_heads, head_dim]``."""
+        if self._model.kernel_passes is not None:
+            self._model.kernel_passes.stream.wait_for_all()
         first = start // self._model.kv.block_size
         blocks = self._block_ids[first : -(-end // self._model.kv.block_size)]
         wanted = slice(start - first * self._model.kv.block_size, end - first * self._model.kv.block_size)
@@ -86,6 +122,13 @@ class PagedForward:
     def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
         """See :meth:`blending.BlendForward.deviations`. Summed over ranks: all have to choose the same tokens."""
         self.deviation_passes.append((rows, layer))
+        kernel_passes = self._model.kernel_passes
+        if kernel_passes is not None and (rows.is_cuda or len(_runs(rows)) > _FEW_RUNS):
+            parts = [
+                kernel_passes.deviations(self._token_ids, part, self._block_ids, layer) for part in self._slices(rows)
+            ]
+            summed: torch.Tensor = self._model.tp.all_reduce(torch.cat(parts))
+            return summed
         found: list[torch.Tensor] = []
         attention = self._model.layers[layer]
         kv = self._model.kv
@@ -94,25 +137,36 @@ class PagedForward:
 
             def measure(module: Any, args: tuple[torch.Tensor, ...], part: torch.Tensor = part) -> None:
                 key, value = (x.view(-1, kv.num_kv_heads, kv.head_dim) for x in args[1:3])
-                cached = kv.read_values(layer, self._block_ids)[part]
+                if kernel_passes is not None:
+                    kernel_passes.stream.wait(layer)
+                cached = kv.values_at(layer, self._block_ids, part)
                 found.append((value.float() - cached.float()).square().sum(dim=(1, 2)))
                 kv.write(layer, key, value, self._slots(part))
                 raise _Stop
 
-            with _hooked([attention], before=measure), contextlib.suppress(_Stop):
+            with self._in_place(layer), _hooked([attention], before=measure), contextlib.suppress(_Stop):
                 self._run(part)
         deviation: torch.Tensor = self._model.tp.all_reduce(torch.cat(found))
-        return deviation.cpu()
+        return deviation
 
     def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`. The mean is over all ranks' heads."""
         model, kv = self._model, self._model.kv
+        passes = model.kernel_passes
+        if passes is not None and len(rows) <= passes.most_watched and layers == passes.watched:
+            attention = passes.question_attention(
+                self._token_ids, upload(rows, kv.device), self._block_ids, int(question[0])
+            )
+            self._extend_exact(rows)
+            shared: torch.Tensor = model.tp.all_reduce(attention)
+            return shared.div_(model.tp.world_size * len(question))
         mass = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
         numbers = {id(model.layers[layer]): layer for layer in layers}
         for part in self._slices(rows):
             asked = part[part >= int(question[0])]
             if not len(asked):
-                self._run(part)
+                with self._in_place(self.num_layers):
+                    self._run(part)
                 continue
             end = int(asked[-1]) + 1
             blocks = self._block_ids[: -(-end // kv.block_size)]
@@ -131,17 +185,23 @@ class PagedForward:
                 if layer == self.num_layers - 1:
                     raise _Stop
 
-            with _hooked([model.layers[n] for n in layers], after=look), contextlib.suppress(_Stop):
+            watched = [model.layers[n] for n in layers]
+            with self._in_place(self.num_layers), _hooked(watched, after=look), contextlib.suppress(_Stop):
                 self._run(part)
         self._extend_exact(rows)
         total: torch.Tensor = model.tp.all_reduce(mass)
-        return total.div_(model.tp.world_size * len(layers)).cpu()
+        return total.div_(model.tp.world_size * len(layers))
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         """See :meth:`blending.BlendForward.recompute`. The prompt's last token is left to vLLM's own step."""
-        rows = rows[rows < len(self._token_ids) - 1]
+        rows, passes = rows[:-1], self._model.kernel_passes
+        scattered = rows.is_cuda or (len(rows) > 0 and len(_runs(rows)) > _FEW_RUNS)
         for part in self._slices(rows):
-            self._run(part)
+            if passes is not None and (scattered or len(part) <= passes.most_watched):
+                passes.recompute(self._token_ids, part, self._block_ids)
+            else:
+                with self._in_place(self.num_layers):
+                    self._run(part)
         return torch.empty(0)
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
@@ -149,7 +209,17 @@ class PagedForward:
         return run_rows(self._model, self._token_ids[rows], rows, rows, self._block_ids)
 
     def _slices(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(torch.split(rows.to(self._model.kv.device), self._model.max_rows)) if len(rows) else iter(())
+        return iter(torch.split(upload(rows, self._model.kv.device), self._model.max_rows)) if len(rows) else iter(())
+
+    @contextlib.contextmanager
+    def _in_place(self, layers: int) -> Iterator[None]:
+        """The first so many layers wait, before their attention, for the KV that is on its way to them."""
+        with contextlib.ExitStack() as hooks:
+            if (passes := self._model.kernel_passes) is not None:
+                for number, layer in enumerate(self._model.layers[:layers]):
+                    wait = functools.partial(passes.stream.wait, number)
+                    hooks.callback(layer.register_forward_pre_hook(lambda *_, wait=wait: wait()).remove)
+            yield
 
     def _slots(self, positions: torch.Tensor) -> torch.Tensor:
         return slot_mapping(positions, self._block_ids, self._model.kv.block_size)
@@ -177,7 +247,7 @@ def run_rows(
         Hidden states after the last layer, ``[rows, hidden_size]``.
     """
     places = rows.cpu()
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), (places[1:] != places[:-1] + 1).nonzero().flatten() + 1])
+    starts = _runs(places)
     bounds = torch.cat([starts, torch.tensor([len(places)])]).to(torch.int32)
     ends = (places[bounds[1:].long() - 1] + 1).to(torch.int32)
     device = model.kv.device
@@ -197,17 +267,25 @@ def run_rows(
         ),
         fast_build=True,
     )
-    with set_forward_context(
-        dict.fromkeys(model.layer_names, metadata),
-        model.vllm_config,
-        num_tokens=len(places),
-        slot_mapping=dict.fromkeys(model.layer_names, slots),
-        skip_compiled=True,
+    with (
+        fast_operators(model.model),
+        set_forward_context(
+            dict.fromkeys(model.layer_names, metadata),
+            model.vllm_config,
+            num_tokens=len(places),
+            slot_mapping=dict.fromkeys(model.layer_names, slots),
+            skip_compiled=True,
+        ),
     ):
         hidden: torch.Tensor = model.model(
             input_ids=token_ids, positions=positions.contiguous(), intermediate_tensors=None, inputs_embeds=None
         )
     return hidden
+
+
+def _runs(rows: torch.Tensor) -> torch.Tensor:
+    """Where runs of neighbouring rows begin: indices into rows (on the CPU, at least one)."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1])
 
 
 def slot_mapping(places: torch.Tensor, block_ids: torch.Tensor, block_size: int) -> torch.Tensor:

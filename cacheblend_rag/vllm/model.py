@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -13,6 +13,9 @@ from vllm.model_executor.layers.attention import Attention
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.rope import RotaryTable
 from cacheblend_rag.vllm.paged_kv import PagedKV
+
+if TYPE_CHECKING:
+    from cacheblend_rag.vllm.kernel_passes import KernelPasses
 
 # Others write KV inside their kernels, or plan for no more sequences a pass than vLLM schedules requests.
 ATTENTION_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
@@ -32,12 +35,14 @@ class PagedModel:
         tp: The tensor-parallel group.
         total_kv_heads: KV heads of the whole model.
         max_rows: Most rows of one pass: what vLLM planned its memory for.
+        kernel_passes: The fast way to run scattered rows, where there is one.
 
     Raises:
         UnsupportedModelError: it can't be blended; the message gives the reason.
     """
 
     def __init__(self, model: torch.nn.Module, vllm_config: Any, kv_cache_config: Any) -> None:
+        self.kernel_passes: KernelPasses | None = None
         self.model = model
         self.vllm_config = vllm_config
         self.tp = get_tp_group()

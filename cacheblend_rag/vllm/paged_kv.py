@@ -31,6 +31,7 @@ class PagedKV:
 
     def __init__(self, layers: list[Any], block_size: int, num_blocks: int) -> None:
         self.block_size = block_size
+        self.num_blocks = num_blocks
         self._layers = layers
         first = layers[0]
         self.num_kv_heads: int = first.num_kv_heads
@@ -43,6 +44,28 @@ class PagedKV:
         self.dtype: torch.dtype = cache.dtype
         self.device: torch.device = cache.device
         self._places = self._learn()
+        self._strided = self._strides()
+
+    @property
+    def is_strided(self) -> bool:
+        """Whether keys and values lie at regular distances, so that there are :meth:`views`."""
+        return self._strided is not None
+
+    def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and all values of a layer as views ``[blocks, block_size, kv_heads, head_dim]`` of its cache."""
+        assert self._strided is not None
+        cache: torch.Tensor = self._layers[layer].kv_cache
+        shape = (cache.shape[0], self.block_size, self.num_kv_heads, self.head_dim)
+        (key_at, value_at), inner = self._strided
+        first = cache.storage_offset()
+        strides = (cache.stride(0), *inner)
+        return cache.as_strided(shape, strides, first + key_at), cache.as_strided(shape, strides, first + value_at)
+
+    def values_at(self, layer: int, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The values at some positions (int64 ``[tokens]``) of a sequence: ``[tokens, kv_heads, head_dim]``."""
+        if not self.is_strided:
+            return self.read_values(layer, block_ids)[positions]
+        return self.views(layer)[1][block_ids[positions // self.block_size], positions % self.block_size]
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store keys and values (``[tokens, kv_heads, head_dim]``) of a layer in slots (int64 ``[tokens]``)."""
@@ -90,3 +113,18 @@ class PagedKV:
         if bool((places < 0).any()):
             raise UnsupportedModelError("its attention backend's KV cache can't be read back")
         return places.view(2, -1)
+
+    def _strides(self) -> tuple[tuple[int, int], tuple[int, int, int]] | None:
+        """Where a block's first key and first value lie, and the strides of slots, heads and dimensions."""
+        cache = self._layers[0].kv_cache
+        index = torch.unravel_index(self._places.cpu(), cache.shape[1:])
+        at = sum(i * stride for i, stride in zip(index, cache.stride()[1:], strict=True))
+        at = torch.as_tensor(at).view(2, self.block_size, self.num_kv_heads, self.head_dim)
+        strides = [int(at.select(d, 1).flatten()[0] - at.flatten()[0]) if at.shape[d] > 1 else 1 for d in (1, 2, 3)]
+        expected = at[:, :1, :1, :1]
+        for d, stride in enumerate(strides, start=1):
+            steps = torch.arange(at.shape[d]) * stride
+            expected = expected + steps.view([-1 if d == other else 1 for other in range(4)])
+        if not torch.equal(at, expected) or strides[2] != 1:
+            return None
+        return (int(at[0].flatten()[0]), int(at[1].flatten()[0])), (strides[0], strides[1], strides[2])

@@ -7,14 +7,22 @@ every layer. It runs before the engine serves anything, in blocks that nobody us
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from cacheblend_rag.chunks import ChunkKV, ChunkScope, ModelFingerprint
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.matching import Segment
-from cacheblend_rag.vllm.forward import PagedForward, run_rows
+from cacheblend_rag.vllm.forward import PagedForward, run_rows, slot_mapping
 from cacheblend_rag.vllm.model import PagedModel
+
+if TYPE_CHECKING:
+    from cacheblend_rag.vllm.kernel_passes import KernelPasses
+
+logger = logging.getLogger(__name__)
 
 # Long enough for rows with gaps between them, short enough to cost nothing.
 _TOKENS = 24
@@ -43,6 +51,50 @@ def probe(model: PagedModel) -> None:
     for what, (miss, share) in errors.items():
         if not miss < share * _TOLERANCE[model.kv.dtype]:  # NaN too
             raise UnsupportedModelError(f"{name} can't be blended: {what} (error {miss:.1%})")
+
+
+@torch.inference_mode()
+def probed_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None:
+    """The fast way to run scattered rows, if this worker can have it and it gives what the simple way gives."""
+    from cacheblend_rag.vllm.kernel_passes import make_kernel_passes  # needs Triton
+
+    passes = make_kernel_passes(model, gpu_bytes)
+    if passes is None:
+        return None
+    model.kernel_passes = passes
+    try:
+        errors = _errors(model) | _kernel_errors(model, passes)
+    finally:
+        model.kernel_passes = None
+    for what, (miss, share) in errors.items():
+        if not miss < share * _TOLERANCE[model.kv.dtype]:
+            logger.warning("blending runs without its own GPU kernels: with them, %s (error %.1f%%)", what, 100 * miss)
+            return None
+    return passes
+
+
+def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[float, int]]:
+    """As :func:`_errors`: every third row of a text, in all layers, by each of the kernels."""
+    device, kv = model.kv.device, model.kv
+    errors = {}
+    for rows in (_TOKENS // 3, 2 * passes.most_watched):
+        tokens = min(3 * rows, (kv.num_blocks - 1) * kv.block_size, model.max_rows)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.vllm_config.model_config.get_vocab_size()
+        token_ids = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+        block_ids = torch.arange(1, -(-tokens // kv.block_size) + 1, device=device)
+        places = torch.arange(tokens, device=device)
+        run_rows(model, token_ids, places, places, block_ids)
+        forward = PagedForward(model, token_ids, block_ids.tolist(), 0)
+        whole = forward.read(0, tokens)
+        some = places[1::3]
+        wrong = torch.full((len(some), kv.num_kv_heads, kv.head_dim), 100.0, dtype=kv.dtype, device=device)
+        for layer in range(len(model.layers)):
+            kv.write(layer, wrong, wrong, slot_mapping(some, block_ids, kv.block_size))
+        passes.recompute(token_ids, some, block_ids)
+        miss = _relative(forward.read(0, tokens)[:, :, 1::3], whole[:, :, 1::3])
+        errors[f"a pass over {len(some)} of {tokens} tokens changes what it computes"] = (miss, _THROUGH_LAYERS)
+    return errors
 
 
 def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:

@@ -28,6 +28,7 @@ class ConnectorSettings:
     Attributes:
         store: Directory of the chunk store; None: a temporary one, gone when the engine ends.
         memory_bytes: Most bytes of chunks kept in memory (in each worker).
+        gpu_bytes: Most bytes of chunks kept in the GPU's memory too (in each worker), besides what vLLM plans for.
         max_bytes: Most bytes kept in the directory; None: no limit.
         namespace: Tenant.
         primer: Text that chunks are prefilled behind.
@@ -38,6 +39,7 @@ class ConnectorSettings:
 
     store: str | None = None
     memory_bytes: int = 1 << 30
+    gpu_bytes: int = 0
     max_bytes: int | None = None
     namespace: str = "default"
     primer: str = DEFAULT_PRIMER
@@ -61,7 +63,7 @@ class ConnectorSettings:
         for name in ("store", "namespace", "primer"):
             if not isinstance(given.get(name, ""), str):
                 raise ConfigError(f"{name} must be text, not {given[name]!r}")
-        for name in ("memory_bytes", "max_bytes"):
+        for name in ("memory_bytes", "gpu_bytes", "max_bytes"):
             if not is_whole(given.get(name, 0)) or given.get(name, 0) < 0:
                 raise ConfigError(f"{name} must be a whole number of bytes from 0, not {given[name]!r}")
         blend = given.get("blend", {})

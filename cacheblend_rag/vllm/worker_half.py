@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cacheblend_rag.blending import blend
+from cacheblend_rag.blending import BlendResult, blend
 from cacheblend_rag.chunks import ChunkKV, ChunkScope
 from cacheblend_rag.decision import decide
 from cacheblend_rag.layout import PromptLayout
@@ -60,10 +61,10 @@ class _Choices:
             # With all matched tokens still to be blended, the policy makes the same choice by itself.
             if choice is not None and choice.hit <= job.hit and choice.first < job.hit and matched[-1] < choice.length:
                 for rows, layer in choice.deviation_passes:
-                    if len(left := rows[rows >= job.hit].long()):
+                    if len(left := rows.cpu()[rows.cpu() >= job.hit].long()):
                         forward.deviations(left, layer)
                 self._known.move_to_end((job.salt, prompt))
-                positions = choice.positions.long()
+                positions = choice.positions.cpu().long()
                 return positions[torch.isin(positions, matched)]
         return None
 
@@ -91,12 +92,11 @@ class WorkerHalf:
         store: Where chunks are.
 
     Attributes:
-        reports: What became of each job since they were last taken, by request id.
         failed_blocks: Blocks that could not be filled; vLLM recomputes their requests.
     """
 
     def __init__(self, model: PagedModel, store: ChunkStore) -> None:
-        self.reports: dict[str, dict[str, Any]] = {}
+        self._reports: dict[str, Callable[[], dict[str, Any]]] = {}
         self.failed_blocks: set[int] = set()
         self._model = model
         self._store = store
@@ -118,7 +118,7 @@ class WorkerHalf:
         """
         for job in jobs.blends:
             try:
-                self._report(job, self._blend(job, jobs.scope))
+                self._report(job, *self._blend(job, jobs.scope))
             except Exception:
                 self._log_fault("blending failed, the prompt is prefilled plainly")
                 self._prefill(job)
@@ -141,11 +141,21 @@ class WorkerHalf:
                 self._log_fault("a chunk could not be stored")
                 report = {"error": str(error) or repr(error)}
             if self._model.is_first_rank:  # it alone writes chunks
-                self.reports[job.request_id] = report
+                self._reports[job.request_id] = functools.partial(dict, report)
 
-    def _report(self, job: BlendJob, stats: BlendStats) -> None:
+    def take_reports(self) -> dict[str, dict[str, Any]]:
+        """What became of each job since this was last called, by request id; waits for the blends to end."""
+        reports, self._reports = self._reports, {}
+        return {request_id: report() for request_id, report in reports.items()}
+
+    def _report(self, job: BlendJob, stats: BlendStats, result: BlendResult | None = None) -> None:
+        def report() -> dict[str, Any]:
+            if result is not None:
+                stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
+            return {**stats.to_dict(), "finished_at": time.time()}
+
         if self._model.is_first_rank:  # all do alike
-            self.reports[job.request_id] = {**stats.to_dict(), "finished_at": time.time()}
+            self._reports[job.request_id] = report
 
     def _log_fault(self, what: str) -> None:
         """Log the exception at hand, the first time; the metrics count them all."""
@@ -161,8 +171,10 @@ class WorkerHalf:
     def _bring(self, keys: list[str]) -> None:
         for key in keys:
             self._store.prefetch(key)
+            if self._model.kernel_passes is not None and (chunk := self._store.get(key)) is not None:
+                self._model.kernel_passes.stream.pinned.pin(chunk)
 
-    def _blend(self, job: BlendJob, scope: ChunkScope) -> BlendStats:
+    def _blend(self, job: BlendJob, scope: ChunkScope) -> tuple[BlendStats, BlendResult]:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
         started = time.perf_counter()
         primer_ids = np.asarray(scope.primer_ids, np.int32)
@@ -180,6 +192,8 @@ class WorkerHalf:
         stats.load = time.perf_counter() - started
         chosen = None if unreadable else self._choices.repeat(job, layout.matched, forward)
         result = blend(forward, layout, job.config, chosen)
+        if self._model.kernel_passes is not None:  # nothing that comes after asks layer by layer
+            self._model.kernel_passes.stream.wait_for_all()
         if chosen is None and not unreadable:
             self._choices.add(job, layout.matched, result.recomputed, forward)
         stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)
@@ -189,8 +203,7 @@ class WorkerHalf:
         stats.segments = len(layout.segments) + len(layout.prefix_segments)
         stats.policy = result.policy
         stats.faults = len(unreadable)
-        stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
-        return stats
+        return stats, result
 
     def _prefill(self, job: BlendJob) -> None:
         stats = BlendStats(len(job.token_ids), prefix_tokens=job.hit, missed_tokens=len(job.token_ids) - job.hit)
@@ -265,4 +278,7 @@ class WorkerHalf:
         if not self._model.is_first_rank:
             return 0
         chunk = ChunkKV(scope.key(job.token_ids), scope, job.token_ids, job.start, kv.cpu().contiguous())
-        return self._store.put(chunk)
+        written = self._store.put(chunk)
+        if self._model.kernel_passes is not None:  # now, rather than when the first prompt waits for it
+            self._model.kernel_passes.stream.pinned.pin(chunk)
+        return written

@@ -1,0 +1,89 @@
+"""Exact-position attention in two parts, where FlashAttention 3 is there.
+
+Most of what scattered rows see, all rows of a bucket of neighbours see: the keys up to the bucket's first position.
+FlashAttention takes those, without a mask, each bucket one sequence of its own length over the same block table. What
+is left, the keys from there to each row's position, the kernel of ``paged.py`` adds, going on from FlashAttention's
+logarithm of the sum of exponentials. It is the diagonal of the matrix, a small share of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cacheblend_rag.attention.paged import PagedRows, attend_rows
+
+BUCKET = 128
+"""Rows of a bucket: a multiple of every tile of ``paged.py``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Rows in buckets, for all layers of a pass.
+
+    Attributes:
+        rows: The rows; a bucket holds rows of one sequence.
+        bounds: int32 ``[buckets + 1]``: where buckets begin.
+        shared_keys: int32 ``[buckets]``: leading keys that all rows of a bucket see.
+        first_keys: int32 ``[tiles]``: the same, for each tile.
+        block_table: int32 ``[buckets, blocks]``.
+    """
+
+    rows: PagedRows
+    bounds: torch.Tensor
+    shared_keys: torch.Tensor
+    first_keys: torch.Tensor
+    block_table: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: PagedRows) -> Buckets:
+        """Cut rows, a multiple of :data:`BUCKET`, into buckets; nothing is read back to the host."""
+        buckets = rows.positions.shape[0] // BUCKET
+        tiles = rows.tile_sequence.shape[0] // buckets
+        shared = rows.positions[::BUCKET] + 1
+        return cls(
+            rows,
+            torch.arange(0, (buckets + 1) * BUCKET, BUCKET, dtype=torch.int32, device=shared.device),
+            shared,
+            shared.repeat_interleave(tiles, output_size=buckets * tiles),
+            rows.block_table[rows.tile_sequence[::tiles].long()],
+        )
+
+
+def attend_buckets(
+    flash_attention: Callable[..., Any],
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    buckets: Buckets,
+    scale: float,
+) -> torch.Tensor:
+    """Attend; see :func:`cacheblend_rag.attention.paged.attend_rows`.
+
+    Args:
+        flash_attention: vLLM's ``flash_attn_varlen_func``.
+        query: ``[rows, heads, head_dim]``, bfloat16 or float16.
+        keys: ``[blocks, block_size, kv_heads, head_dim]``.
+        values: Like ``keys``.
+        buckets: Where the rows stand.
+        scale: Factor of the logits.
+    """
+    shared_out, shared_lse = flash_attention(
+        q=query,
+        k=keys,
+        v=values,
+        cu_seqlens_q=buckets.bounds,
+        max_seqlen_q=BUCKET,
+        seqused_k=buckets.shared_keys,
+        max_seqlen_k=buckets.block_table.shape[1] * keys.shape[1],
+        softmax_scale=scale,
+        causal=False,
+        block_table=buckets.block_table,
+        return_softmax_lse=True,
+        num_splits=1,
+        fa_version=3,
+    )
+    return attend_rows(query, keys, values, buckets.rows, scale, prefix=(buckets.first_keys, shared_out, shared_lse))

@@ -1,0 +1,299 @@
+"""Passes of the model over scattered rows on a GPU: our own attention kernels, replayed as CUDA graphs.
+
+The model's own ``forward`` runs, as on the simple path, with one thing exchanged: while it does, its attention layers
+call :meth:`KernelPasses._attend`. Everything that differs between prompts (token ids, positions, slots, block table) is
+in buffers on the device, so that one graph serves all passes of as many rows: launching it takes a fraction of a
+millisecond, where the launches of 32 layers take longer than the GPU needs for them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import graph_capture
+from vllm.forward_context import set_forward_context
+
+from cacheblend_rag.attention.paged import PagedRows, attend_rows, tile_rows
+from cacheblend_rag.attention.prefix import BUCKET, Buckets, attend_buckets
+from cacheblend_rag.attention.watching import watch_rows
+from cacheblend_rag.policies.query_aware import watched_layers
+from cacheblend_rag.vllm.compat import fast_operators, flash_attention_3
+from cacheblend_rag.vllm.model import PagedModel
+from cacheblend_rag.vllm.streaming import LayerStream
+
+logger = logging.getLogger(__name__)
+
+# A pass over more rows than these is worth an eager launch, and is sliced by the engine's own limit anyway.
+_MOST_CAPTURED = 8192
+# Rows of a question, its template, and perhaps a passage that was not warm.
+_MOST_WATCHED = 512
+# Programs that keep an H100 busy in a pass of few rows.
+_PROGRAMS = 264
+# Rounding down may cost so much of what would be recomputed, no more; otherwise rows are repeated to fill the graph.
+_MOST_LOST = 1 / 12
+
+
+class _Stop(Exception):
+    """Ends a pass early: what was asked for is known."""
+
+
+class KernelPasses:
+    """One a worker. Rows are int64, ascending, on the device.
+
+    Args:
+        model: The worker's model, on a GPU, its KV at regular distances.
+        graphs: Whether passes are captured.
+        gpu_bytes: See :class:`LayerStream`.
+
+    Attributes:
+        stream: What brings chunk KV; passes wait for it layer by layer.
+        most_watched: Most rows of :meth:`question_attention`.
+        watched: Its layers.
+    """
+
+    def __init__(self, model: PagedModel, *, graphs: bool, gpu_bytes: int) -> None:
+        self.stream = LayerStream(model, gpu_bytes)
+        self.most_watched = min(_MOST_WATCHED, model.max_rows)
+        self.watched = watched_layers(len(model.layers))
+        self._model = model
+        kv, device = model.kv, model.kv.device
+        self._heads: int = model.layers[0].num_heads
+        self._tile = tile_rows(self._heads, kv.num_kv_heads)
+        self._flash_attention = flash_attention_3(model.layers[0])
+        self._views = [kv.views(layer) for layer in range(len(model.layers))]
+        tokens = model.vllm_config.model_config.max_model_len
+        most = -(-max(model.max_rows, self.most_watched) // BUCKET) * BUCKET
+        self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self._places = torch.zeros(most, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(most, dtype=torch.int64, device=device)
+        self._tile_sequence = torch.zeros(most // self._tile, dtype=torch.int32, device=device)
+        self._block_table = torch.zeros(1, -(-tokens // kv.block_size), dtype=torch.int32, device=device)
+        self._weights = torch.zeros(self.most_watched, dtype=torch.float32, device=device)
+        self._mass = torch.zeros(1, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
+        self._sizes = _sizes(min(_MOST_CAPTURED, model.max_rows), self._tile) if graphs else []
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        if graphs:
+            self._capture_all()
+
+    def affordable_rows(self, rows: int) -> int:
+        """The rows of the largest graph that holds no more, if that leaves out few."""
+        at = bisect.bisect_right(self._sizes, rows)
+        if at and rows < self._sizes[-1] and rows - self._sizes[at - 1] <= rows * _MOST_LOST:
+            return self._sizes[at - 1]
+        return rows
+
+    def recompute(self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor) -> None:
+        """Run rows of a prompt through all layers, for the KV they leave."""
+        self._run(token_ids, rows, block_ids, watching=False)
+
+    def question_attention(
+        self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, question_start: int
+    ) -> torch.Tensor:
+        """Run rows through all layers; returns the attention that those from ``question_start`` on pay to each token.
+
+        float32 ``[prompt tokens]``: summed over their rows, mean over the layers ``watched`` and this rank's heads.
+        """
+        self._weights.zero_()
+        self._weights[: len(rows)].copy_(rows >= question_start)
+        self._mass.zero_()
+        self._run(token_ids, rows, block_ids, watching=True)
+        mass = self._mass[0, :, : len(token_ids)].sum(dim=0)
+        return mass.div_(self._heads * len(self.watched))
+
+    def deviations(
+        self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        """Run rows up to the values of a layer, and keep their KV; see :meth:`blending.BlendForward.deviations`."""
+        size = self._fill(token_ids, rows, block_ids, _round_up(len(rows), self._tile))
+        found: list[torch.Tensor] = []
+
+        def measure(values: torch.Tensor) -> None:
+            cached = self._model.kv.values_at(layer, block_ids, self._positions[:size])
+            found.append((values.float() - cached.float()).square().sum(dim=(1, 2)))
+
+        self._forward(size, stop=layer, before_stop=measure)
+        return found[0][: len(rows)]
+
+    def _run(self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, *, watching: bool) -> None:
+        at = bisect.bisect_left(self._sizes, len(rows))
+        size = self._sizes[at] if at < len(self._sizes) else _round_up(len(rows), self._unit(len(rows)))
+        self._fill(token_ids, rows, block_ids, size)
+        graph = self._graphs.get((size, watching))
+        if graph is not None:
+            graph.replay()
+        else:
+            self._forward(size, stop=len(self._model.layers) - 1, watching=watching)
+
+    def _fill(self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, size: int) -> int:
+        """Put a pass into the buffers. The last row is repeated: it then writes the same KV more than once."""
+        block_size = self._model.kv.block_size
+        if size > len(rows):
+            rows = torch.cat([rows, rows[-1:].expand(size - len(rows))])
+        self._token_ids[:size] = token_ids[rows]
+        self._positions[:size] = rows
+        self._places[:size] = rows
+        self._slots[:size] = block_ids[rows // block_size] * block_size + rows % block_size
+        self._block_table[0, : len(block_ids)] = block_ids
+        return size
+
+    def _unit(self, rows: int) -> int:
+        """What the number of rows must be a multiple of."""
+        return BUCKET if self._flash_attention is not None and rows > _MOST_WATCHED else self._tile
+
+    def _forward(
+        self,
+        size: int,
+        *,
+        stop: int,
+        watching: bool = False,
+        before_stop: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        """One pass over the first ``size`` rows of the buffers, up to the attention of layer ``stop``.
+
+        What comes after that is for the next layer, or for logits that nobody asks for.
+        """
+        model = self._model
+        rows = PagedRows(self._places[:size], self._tile_sequence[: size // self._tile], self._block_table)
+        buckets = None
+        if self._flash_attention is not None and size > _MOST_WATCHED and size % BUCKET == 0:
+            buckets = Buckets.of(rows)
+        attend = functools.partial(
+            self._attend, rows=rows, buckets=buckets, stop=stop, watching=watching, before_stop=before_stop
+        )
+        with (
+            _exchanged(model.layers, attend),
+            fast_operators(model.model),
+            set_forward_context(None, model.vllm_config, num_tokens=size, skip_compiled=True),
+            contextlib.suppress(_Stop),
+        ):
+            model.model(
+                input_ids=self._token_ids[:size],
+                positions=self._positions[:size],
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+
+    def _attend(
+        self,
+        number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        rows: PagedRows,
+        buckets: Buckets | None,
+        stop: int,
+        watching: bool,
+        before_stop: Callable[[torch.Tensor], None] | None,
+        **__: Any,
+    ) -> torch.Tensor:
+        """What an attention layer does in our passes: ``[rows, heads * head_dim]``, KV written."""
+        layer, kv = self._model.layers[number], self._model.kv
+        count = len(rows.positions)
+        query = query.view(count, self._heads, kv.head_dim)
+        key, value = (x.view(count, kv.num_kv_heads, kv.head_dim) for x in (key, value))
+        self.stream.wait(number)
+        if number == stop and before_stop is not None:
+            before_stop(value)
+        kv.write(number, key, value, self._slots[:count])
+        watched = watching and number in self.watched
+        if number == stop and not watched:
+            raise _Stop
+        keys, values = self._views[number]
+        scale: float = layer.impl.scale
+        if buckets is not None:
+            assert self._flash_attention is not None
+            return attend_buckets(self._flash_attention, query, keys, values, buckets, scale).view(count, -1)
+        programs = count // self._tile * kv.num_kv_heads
+        splits = max(1, min(16, _PROGRAMS // programs))
+        lse = torch.empty(count, self._heads, dtype=torch.float32, device=query.device) if watched else None
+        out = attend_rows(query, keys, values, rows, scale, splits=splits, lse=lse)
+        if lse is not None:
+            watch_rows(query, keys, rows, lse, self._weights[:count], scale, self._mass)
+        if number == stop:
+            raise _Stop
+        return out.view(count, -1)
+
+    def _capture_all(self) -> None:
+        """Capture a graph for every size, the largest first: the smaller ones then live in its memory.
+
+        The rows written meanwhile are in the null block, which nobody reads.
+        """
+        last = len(self._model.layers) - 1
+        nowhere = torch.zeros(1, dtype=torch.int64, device=self._positions.device)
+        pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode(), graph_capture(device=self._positions.device) as context:
+            for watching in (False, True):
+                sizes = [size for size in self._sizes if not watching or size <= self.most_watched]
+                for size in reversed(sizes):
+                    self._fill(nowhere, nowhere, nowhere, size)
+                    if size in (sizes[0], sizes[-1]) or not watching:  # compiles kernels, fills caches
+                        self._forward(size, stop=last, watching=watching)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=context.stream):
+                        self._forward(size, stop=last, watching=watching)
+                    self._graphs[size, watching] = graph
+        self._mass.zero_()
+
+
+def make_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None:
+    """Kernel passes, if this worker can have them; what is missing is logged once."""
+    reason = _obstacle(model)
+    if reason is None:
+        try:
+            return KernelPasses(model, graphs=not model.vllm_config.model_config.enforce_eager, gpu_bytes=gpu_bytes)
+        except Exception as error:
+            # Out of memory, or a kernel that does not compile here.
+            reason = (str(error) or repr(error)).splitlines()[0]
+            gc.collect()
+            torch.cuda.empty_cache()
+    if model.kv.device.type == "cuda":
+        logger.warning("blending runs on the attention backend's own kernels, which takes longer: %s", reason)
+    return None
+
+
+def _obstacle(model: PagedModel) -> str | None:
+    kv = model.kv
+    if kv.device.type != "cuda":
+        return "there is no GPU"
+    if torch.cuda.get_device_capability(kv.device) < (8, 0):
+        return "the GPU is older than Ampere"
+    if kv.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its KV cache is of {kv.dtype}"
+    if kv.head_dim > 256:
+        return f"its attention heads have {kv.head_dim} dimensions, more than 256"
+    if not kv.is_strided:
+        return "its KV cache is laid out in an unknown way"
+    return None
+
+
+def _sizes(most: int, tile: int) -> list[int]:
+    """Rows of the graphs: steps of at most an eighth, so that little is lost or repeated."""
+    sizes = list(range(tile, _MOST_WATCHED + 1, max(tile, 64)))
+    for first, last, step in ((_MOST_WATCHED, 1024, BUCKET), (1024, 4096, 256), (4096, most, 512)):
+        sizes += range(first + step, min(last, most) + 1, step)
+    return [size for size in sizes if size <= most]
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+@contextlib.contextmanager
+def _exchanged(layers: list[Any], attend: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Attention layers that do something else for the time being."""
+    for number, layer in enumerate(layers):
+        layer.forward = functools.partial(attend, number)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,49 @@
+"""Pins the memory of chunks, so that the GPU can read it where it lies."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+
+from cacheblend_rag.chunks import ChunkKV
+
+logger = logging.getLogger(__name__)
+
+
+class PinnedChunks:
+    """Remembers which chunks are pinned; they are let go when nobody holds them any more."""
+
+    def __init__(self) -> None:
+        self._pinned: weakref.WeakSet[ChunkKV] = weakref.WeakSet()
+        self._refused = False
+
+    def pin(self, chunk: ChunkKV) -> bool:
+        """Pin a chunk's KV in place; returns whether it is pinned now.
+
+        A system that allows no more pinned memory is no error: the KV is copied then.
+        """
+        if chunk in self._pinned:
+            return True
+        if self._refused or not chunk.kv.is_contiguous():
+            return False
+        address = chunk.kv.data_ptr()
+        error = _runtime().cudaHostRegister(address, chunk.nbytes, 0)
+        if int(error) != 0:
+            self._refused = True
+            logger.warning("chunk KV can't be pinned (%s): it is copied to the GPU, which is slower", error)
+            return False
+        self._pinned.add(chunk)
+        # Runs before the chunk lets go of its memory.
+        weakref.finalize(chunk, _unpin, address).atexit = False
+        return True
+
+
+def _unpin(address: int) -> None:
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -1,0 +1,154 @@
+"""Brings chunk KV to the GPU and into the paged cache, layer by layer, beside the passes that need it.
+
+Pinned memory is copied by the copy engine to a staging buffer, some layers of all chunks at a time, and rotated and
+scattered from there, all on a stream of its own. An event tells when a layer is in place; a pass waits for it right
+before that layer's attention, so that layers are computed while later ones are still on the bus.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cacheblend_rag.chunks import ChunkKV
+from cacheblend_rag.layout import upload
+from cacheblend_rag.matching import Segment
+from cacheblend_rag.rope import shift_table
+from cacheblend_rag.vllm.model import PagedModel
+from cacheblend_rag.vllm.pinning import PinnedChunks
+from cacheblend_rag.vllm.placing import Runs, place_layers, work_items
+
+_STAGING_BYTES = 512 << 20
+_LAYERS = 4  # at most these at a time: the first ones should not wait for many
+
+
+class _ResidentChunks:
+    """Copies of the chunks used last, in the GPU's memory; all calls are on one stream.
+
+    Args:
+        max_bytes: Most bytes of them.
+        device: The GPU.
+    """
+
+    def __init__(self, max_bytes: int, device: torch.device) -> None:
+        self._max_bytes = max_bytes
+        self._device = device
+        self._nbytes = 0
+        self._copies: OrderedDict[str, torch.Tensor] = OrderedDict()  # least recently used first
+
+    def get(self, chunk: ChunkKV, first: int, last: int) -> torch.Tensor:
+        """The KV of layers ``first .. last - 1``, flat, from here if it is here."""
+        return self._copies.get(chunk.key, chunk.kv)[first:last].view(-1)
+
+    def add(self, chunks: Sequence[ChunkKV]) -> None:
+        """Keep chunks, in place of those that were used longest ago."""
+        for chunk in chunks:
+            if chunk.key in self._copies:
+                self._copies.move_to_end(chunk.key)
+            elif chunk.nbytes <= self._max_bytes:
+                self._nbytes += chunk.nbytes
+                while self._nbytes > self._max_bytes:
+                    self._nbytes -= self._copies.popitem(last=False)[1].nbytes
+                self._copies[chunk.key] = chunk.kv.to(self._device, non_blocking=True)
+
+
+class LayerStream:
+    """One a worker.
+
+    Args:
+        model: The worker's model, on a GPU, its KV at regular distances.
+        gpu_bytes: Most bytes of chunks that are kept in the GPU's memory, besides vLLM's.
+
+    Attributes:
+        pinned: Which chunks are pinned.
+
+    Raises:
+        torch.OutOfMemoryError: no room for the staging buffer.
+    """
+
+    def __init__(self, model: PagedModel, gpu_bytes: int) -> None:
+        self._resident = _ResidentChunks(gpu_bytes, model.kv.device)
+        self.pinned = PinnedChunks()
+        self._model = model
+        self._stream: Any = torch.cuda.Stream(model.kv.device)  # type: ignore[no-untyped-call]
+        # External: a captured graph waits for the event as it is when the graph runs, not as it was when captured.
+        self._in_place: list[Any] = [_event(external=True) for _ in model.layers]
+        views = [model.kv.views(layer) for layer in range(len(model.layers))]
+        self._keys, self._values = views[0]
+        self._token_stride = model.total_kv_heads * model.kv.head_dim
+        self._caches = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in views], device=model.kv.device)
+        self._staging = torch.empty(
+            _STAGING_BYTES // model.kv.dtype.itemsize, dtype=model.kv.dtype, device=model.kv.device
+        )
+        self._in_use: list[tuple[Any, object]] = []  # memory that the stream still reads
+
+    def wait(self, layer: int) -> None:
+        """Let the current stream wait until a layer is in place."""
+        torch.cuda.current_stream().wait_event(self._in_place[layer])
+
+    def wait_for_all(self) -> None:
+        """Let the current stream wait until everything is in place."""
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def place(self, pieces: Sequence[tuple[ChunkKV, Segment]], block_ids: torch.Tensor) -> bool:
+        """Begin to put runs of chunks at their positions; see :meth:`wait`.
+
+        Args:
+            pieces: Chunks, and where runs of them go.
+            block_ids: int64 ``[blocks]``, the prompt's block table.
+
+        Returns:
+            False: nothing was done, the staging buffer does not hold a layer of all that.
+        """
+        per_layer = [chunk.kv[0].numel() for chunk, _ in pieces]
+        layers = min(_LAYERS, self._staging.numel() // sum(per_layer))
+        if not layers:
+            return False
+        self._in_use = [(done, held) for done, held in self._in_use if not done.query()]
+        for chunk, _ in pieces:
+            self.pinned.pin(chunk)
+        regions = [layers * start for start in itertools.accumulate(per_layer[:-1], initial=0)]
+        runs = self._describe(pieces, regions, block_ids)
+        # The tables are made on the current stream, where what the blocks held before is perhaps still being read.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for first in range(0, len(self._in_place), layers):
+                last = min(first + layers, len(self._in_place))
+                for (chunk, _), region in zip(pieces, regions, strict=True):
+                    source = self._resident.get(chunk, first, last)
+                    self._staging[region : region + len(source)].copy_(source, non_blocking=True)
+                place_layers(runs, self._caches, first, last - first, self._keys, self._values, self._token_stride)
+                for layer in range(first, last):
+                    self._in_place[layer].record()
+            self._resident.add([chunk for chunk, _ in pieces])
+            done = _event()
+            done.record()
+        self._in_use.append((done, (pieces, runs)))
+        return True
+
+    def _describe(
+        self, pieces: Sequence[tuple[ChunkKV, Segment]], regions: Sequence[int], block_ids: torch.Tensor
+    ) -> Runs:
+        model, kv = self._model, self._model.kv
+        old = torch.cat([torch.arange(s.length) + (c.start + s.offset) for c, s in pieces])
+        new = torch.cat([torch.arange(s.start, s.end) for _, s in pieces])
+        positions = upload(torch.stack([old, new]), kv.device)
+        shift = shift_table(model.rotary_table(positions[0]), model.rotary_table(positions[1]))
+        slots = block_ids[positions[1] // kv.block_size] * kv.block_size + positions[1] % kv.block_size
+        first_head = model.local_heads().start * kv.head_dim
+        addresses = [
+            self._staging.data_ptr() + (region + s.offset * self._token_stride + first_head) * kv.dtype.itemsize
+            for (_, s), region in zip(pieces, regions, strict=True)
+        ]
+        strides = [addresses, [c.kv.stride(0) for c, _ in pieces], [c.kv.stride(1) for c, _ in pieces]]
+        addresses_at, layer_strides, value_strides = upload(torch.tensor(strides), kv.device)
+        run, start, token, length = upload(work_items([s.length for _, s in pieces]), kv.device)
+        return Runs(addresses_at, layer_strides, value_strides, run, start, token, length, slots, shift.cos, shift.sin)
+
+
+def _event(**options: bool) -> Any:
+    return torch.cuda.Event(**options)  # type: ignore[no-untyped-call]
