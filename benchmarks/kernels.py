@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--json FILE]
 
 Needs a CUDA GPU and vLLM. Llama-3-8B's shape, one layer, paged KV with blocks of 16 in random order, rows at random
-positions (the worst case). Each is timed with events, interleaved, medians; the rate counts the pairs of a row and a key
-that it sees, 4 * head_dim operations each and head.
+positions (the worst case). Each is timed with events, interleaved, medians. The rate counts the pairs of a row and a
+key that it sees: 4 * head_dim operations a head.
 """
 
 from __future__ import annotations

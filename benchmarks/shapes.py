@@ -23,7 +23,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
-        "dtype": "bfloat16",
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -41,7 +40,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,  # the least that vLLM's attention takes on CPU
-        "dtype": "float32",
     },
 }
 EOS = 256
@@ -116,8 +114,9 @@ def prepare_model(options: argparse.Namespace, directory: Path) -> tuple[str, di
     tokenizer.decoder = decoders.ByteLevel()
     wrapped: Any = PreTrainedTokenizerFast
     wrapped(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
-    shape = {"max_position_embeddings": 131072, "bos_token_id": None, "eos_token_id": EOS, **SHAPES[options.shape]}
-    AutoConfig.for_model("llama", **shape).save_pretrained(directory)
+    shape = {"max_position_embeddings": 131072, "dtype": "bfloat16", **SHAPES[options.shape]}
+    config = AutoConfig.for_model("llama", bos_token_id=None, eos_token_id=EOS, **shape)
+    config.save_pretrained(directory)
     return str(directory), {"load_format": "dummy", **arguments}, DEFAULT_PRIMER[:PRIMER_LETTERS]
 
 

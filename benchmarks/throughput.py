@@ -258,15 +258,17 @@ async def measure(
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments))
     try:
         client = Client(engine, options.output_tokens)
+        tell.send(("dtype", str(engine.vllm_config.model_config.dtype).removeprefix("torch.")))
         started = time.perf_counter()
         if system == "cacheblend":
             for output in await client.read_all(requests.chunks, action_params("warm")):
                 parse_answer(output.kv_transfer_params)  # raises what went wrong
         elif system == "prefix":
             await client.read_all(requests.chunks)
-        seconds = time.perf_counter() - started
-        tell.send(("warm_seconds", seconds))
-        say(f"{system}: {options.chunks if system != 'plain' else 0} chunks read in {seconds:.1f} s")
+        if system != "plain":
+            seconds = time.perf_counter() - started
+            tell.send(("warm_seconds", seconds))
+            say(f"{system}: {options.chunks} chunks read in {seconds:.1f} s")
         rng = np.random.default_rng([options.seed, 0])
         await client.serve([Arrival(0.0, requests.prompt(rng)) for _ in range(PRACTICE)])
         for rate in sorted(options.rates):
@@ -315,9 +317,12 @@ def run(options: argparse.Namespace) -> int:
                 "memory_bytes": MEMORY_BYTES if options.memory_bytes is None else options.memory_bytes,
                 "primer": primer,
                 "blend": options.blend,
+                **options.connector_args,
             }
         ).to_extra_config()
-        results["settings"]["connector"] = {name: value for name, value in store.items() if name != "store"}
+        results["settings"]["connector"] = {
+            name: value for name, value in store.items() if name not in ("store", "primer")
+        }
         for system in options.systems:
             found: dict[str, Any] = {"rates": []}
             results["systems"][system] = found
@@ -421,6 +426,7 @@ def main() -> int:
     parser.add_argument("--chunks-per-request", type=int, default=6)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--blend", type=json.loads, default={"recompute_ratio": 0.15}, help="JSON: settings of blends")
+    parser.add_argument("--connector-args", type=json.loads, default={}, help="JSON: further settings of the connector")
     options = parse_options(parser)
     if options.chunks < options.chunks_per_request:
         parser.error("a request can't hold more chunks than there are")

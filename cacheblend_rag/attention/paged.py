@@ -9,8 +9,7 @@ Three ways to use it, with the same results:
 
     plain    each tile walks all its keys
     split    few rows over many keys: each tile's keys are divided among programs, and a second kernel combines them
-    prefix   another kernel has already attended to the keys before a tile's first one (see ``prefix.py``); this one goes
-             on from there
+    prefix   another kernel has attended to the keys before a tile's first one (``prefix.py``); this one goes on
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ class PagedRows:
 
 
 def tile_rows(heads: int, kv_heads: int) -> int:
-    """Rows of a tile: with the query heads that share a KV head, 128 rows of a matrix product."""
-    return max(16, 128 // triton.next_power_of_2(heads // kv_heads))
+    """Rows of a tile: with the query heads that share a KV head, 64 rows of a matrix product, 16 rows at least."""
+    group: int = triton.next_power_of_2(heads // kv_heads)
+    return max(16, 64 // group)
 
 
 def attend_rows(
@@ -110,9 +110,7 @@ def _launch(head_dim: int, element_size: int) -> tuple[int, int, int]:
     """Keys of a step, warps and pipeline stages: what fits the shared memory of a GPU with 100 KB or more of it."""
     if element_size == 4:
         return (32 if head_dim <= 128 else 16), 8, 1
-    if head_dim <= 64:
-        return 128, 4, 3
-    return (64, 8, 3) if head_dim <= 128 else (32, 8, 2)
+    return (64, 4, 3) if head_dim <= 128 else (32, 8, 2)
 
 
 @triton.jit
@@ -144,10 +142,9 @@ def _step(
         # What stands in a slot that nobody has written may be NaN, and nothing times NaN is NaN.
         value = tl.where((place < end)[:, None], value, 0.0)
     new_top = tl.maximum(top, tl.max(logits, 1))
+    safe_top = new_top
     if MASKED:
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
-    else:
-        safe_top = new_top
     weight = tl.exp2(logits - safe_top[:, None])
     keep = tl.exp2(top - safe_top)
     total = total * keep + tl.sum(weight, 1)

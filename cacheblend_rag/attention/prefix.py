@@ -16,7 +16,7 @@ import torch
 
 from cacheblend_rag.attention.paged import PagedRows, attend_rows
 
-BUCKET = 128
+BUCKET = 64
 """Rows of a bucket: a multiple of every tile of ``paged.py``."""
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,31 +64,32 @@ def wake(engine: Any) -> None:
 
 
 @contextlib.contextmanager
-def fast_operators(model: torch.nn.Module) -> Iterator[None]:
+def fast_operators(native: Sequence[Any]) -> Iterator[None]:
     """Let a model that vLLM has compiled run fast outside of what was compiled.
 
     There its norms, rotations and activations are plain torch, for the compiler to fuse. Run as they stand they take
     twice as long as vLLM's own kernels, which this brings back.
+
+    Args:
+        native: The model's :func:`native_operators`.
     """
-    if next(model.parameters()).device.type != "cuda":
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        for operator in _native_operators(model):
+        for operator in native:
             stack.callback(setattr, operator, "_forward_method", operator._forward_method)
             operator._forward_method = operator.forward_cuda
         with contextlib.suppress(ImportError):
             from vllm import ir
 
             for norm in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
-                kernels = [name for name in ("vllm_c", "native") if name in norm.impls]
-                stack.enter_context(norm.set_priority(kernels))
+                if "vllm_c" in norm.supported_providers():
+                    stack.enter_context(norm.set_priority(["vllm_c", "native"]))
         yield
 
 
-@functools.lru_cache(maxsize=1)  # to walk through all modules takes a millisecond
-def _native_operators(model: torch.nn.Module) -> list[Any]:
-    """The operators that run as plain torch though they have a kernel."""
+def native_operators(model: torch.nn.Module) -> list[Any]:
+    """The operators that run as plain torch though they have a CUDA kernel."""
+    if next(model.parameters()).device.type != "cuda":
+        return []
     from vllm.model_executor.custom_op import CustomOp
 
     return [

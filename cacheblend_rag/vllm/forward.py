@@ -268,7 +268,7 @@ def run_rows(
         fast_build=True,
     )
     with (
-        fast_operators(model.model),
+        fast_operators(model.native_operators),
         set_forward_context(
             dict.fromkeys(model.layer_names, metadata),
             model.vllm_config,

@@ -170,7 +170,7 @@ class KernelPasses:
         )
         with (
             _exchanged(model.layers, attend),
-            fast_operators(model.model),
+            fast_operators(model.native_operators),
             set_forward_context(None, model.vllm_config, num_tokens=size, skip_compiled=True),
             contextlib.suppress(_Stop),
         ):

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.rope import RotaryTable
+from cacheblend_rag.vllm.compat import native_operators
 from cacheblend_rag.vllm.paged_kv import PagedKV
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class PagedModel:
         tp: The tensor-parallel group.
         total_kv_heads: KV heads of the whole model.
         max_rows: Most rows of one pass: what vLLM planned its memory for.
+        native_operators: What :func:`compat.fast_operators` needs.
         kernel_passes: The fast way to run scattered rows, where there is one.
 
     Raises:
@@ -44,6 +46,7 @@ class PagedModel:
     def __init__(self, model: torch.nn.Module, vllm_config: Any, kv_cache_config: Any) -> None:
         self.kernel_passes: KernelPasses | None = None
         self.model = model
+        self.native_operators = native_operators(model)
         self.vllm_config = vllm_config
         self.tp = get_tp_group()
         self.total_kv_heads: int = vllm_config.model_config.get_total_num_kv_heads()

@@ -1,5 +1,6 @@
-"""Puts chunk KV into the paged cache: keys rotated to their new positions, everything scattered to its slots, in one
-Triton launch for a group of layers of all chunks.
+"""Puts chunk KV into the paged cache, in one Triton launch for a group of layers of all chunks.
+
+Keys are rotated to their new positions on the way, and everything is scattered to its slots.
 """
 
 from __future__ import annotations

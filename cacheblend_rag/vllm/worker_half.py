@@ -164,8 +164,9 @@ class WorkerHalf:
         log(what, exc_info=True)
 
     def close(self) -> None:
-        """Close the store."""
+        """Close the store, and let go of what is on the GPU."""
         self._prefetcher.close()
+        self._model.kernel_passes = None
         self._store.close()
 
     def _bring(self, keys: list[str]) -> None:

@@ -18,6 +18,7 @@ from cacheblend_rag.attention.paged import attend_rows  # noqa: E402
 from cacheblend_rag.attention.prefix import BUCKET, Buckets, attend_buckets  # noqa: E402
 
 from .test_paged import SCALE, SHAPES, check, make_pages, watch_and_check  # noqa: E402
+from .test_placing import place_and_check  # noqa: E402
 
 # Of values around one: rounding of the result, and of the probabilities before they meet the values.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -64,3 +65,9 @@ def test_going_on_from_flash_attention(head_dim: int, dtype: torch.dtype) -> Non
     buckets = Buckets.of(pages.rows)
     got = attend_buckets(flash.flash_attn_varlen_func, pages.query, pages.keys, pages.values, buckets, SCALE)
     assert float((got.float().cpu() - expected).abs().max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "local", "head_dim", "half"), [(8, 8, 128, 64), (6, 3, 80, 40), (4, 2, 64, 16)])
+def test_runs_are_rotated_and_scattered(heads: int, local: int, head_dim: int, half: int, dtype: torch.dtype) -> None:
+    place_and_check(heads, local, head_dim, half, dtype, "cuda")

@@ -1,9 +1,8 @@
-"""The Triton kernels against plain torch: on a GPU as they are, elsewhere in Triton's interpreter."""
+"""The Triton kernels against plain torch, in Triton's interpreter: with TRITON_INTERPRET=1, which ``make test`` sets."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import pytest
@@ -105,10 +104,9 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture
-def interpreter() -> None:
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("the kernels were compiled: TRITON_INTERPRET was not set when they were imported")
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1 before Triton is imported"
+)
 
 
 def check(pages: Pages, tolerance: float, **options: Any) -> None:
@@ -117,14 +115,14 @@ def check(pages: Pages, tolerance: float, **options: Any) -> None:
     assert float((got.float().cpu() - expected).abs().max()) < tolerance
 
 
-@pytest.mark.usefixtures("interpreter")
+@interpreted
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"head_dim {shape['head_dim']}")
 def test_rows_see_what_is_up_to_them(shape: dict[str, Any], splits: int) -> None:
     check(make_pages(**shape), 1e-4, splits=splits)
 
 
-@pytest.mark.usefixtures("interpreter")
+@interpreted
 @pytest.mark.parametrize("splits", [1, 4])
 def test_watched_attention_is_that_of_the_rows(splits: int) -> None:
     pages = make_pages(sequences=2, rows=30)
@@ -166,7 +164,7 @@ def stand_in(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(arguments["q"].dtype), lse
 
 
-@pytest.mark.usefixtures("interpreter")
+@interpreted
 def test_going_on_from_a_shared_prefix() -> None:
     pages = make_pages(heads=4, kv_heads=2, head_dim=64, sequences=2, rows=150, pages=12, unit=BUCKET)
     expected, _ = pages.reference()
