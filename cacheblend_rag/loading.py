@@ -64,8 +64,9 @@ def load_engine(
         base_url: Address of the server, such as ``"http://localhost:8000/v1"``. It has loaded model, store and primer
             itself: what is given here of them must be what it has, or None.
         chat_template: In place of the model's own: a Jinja template, or a file that holds it.
-        engine_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``, of ``vllm.EngineArgs`` (and
-            ``on_unsupported="prefill"``), or of ``openai.OpenAI`` (``api_key``, ``timeout``, ``max_retries``).
+        engine_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``, of ``vllm.EngineArgs`` (also
+            ``on_unsupported="prefill"``, and ``gpu_bytes``: most bytes of chunks kept in the GPU's memory too), or of
+            ``openai.OpenAI`` (``api_key``, ``timeout``, ``max_retries``).
 
     Raises:
         ConfigError: a bad setting, or no such model.

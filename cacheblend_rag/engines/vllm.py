@@ -80,6 +80,7 @@ class VllmEngine(ConnectedEngine):
                 "namespace": namespace,
                 "primer": DEFAULT_PRIMER if primer is None else primer,
                 "on_unsupported": arguments.pop("on_unsupported", "refuse"),
+                "gpu_bytes": arguments.pop("gpu_bytes", 0),
             }
         )
         self._prefetcher = Prefetcher(self._bring, batch=MOST_KEYS)

@@ -279,6 +279,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             num_layers=num_layers,
             context_window=model_config.max_model_len,
             block_size=vllm_config.cache_config.block_size,
+            # A quarter of what a step of vLLM's may prefill: whoever is being answered waits no longer for blends.
+            step_rows=vllm_config.scheduler_config.max_num_batched_tokens // 4,
             engine_id=self._engine_id,
         )
 

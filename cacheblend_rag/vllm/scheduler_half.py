@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import cacheblend_rag
+from cacheblend_rag.blending import recompute_budget
 from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.decision import decide
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
@@ -49,6 +50,7 @@ class _Plan:
         segments: Matched runs of it; empty unless it is to be blended.
         hashes: Its block hashes, if it is to be blended.
         marks: Where its blocks are salted; empty unless it is to be blended.
+        rows: Rows that its blend recomputes.
         spoilt: Whether its blended blocks are none that others may read.
         block_ids: Its block table, of a chunk to be stored.
         answer: What a request that asks for something else than generation is told.
@@ -62,6 +64,7 @@ class _Plan:
     segments: tuple[Segment, ...] = ()
     hashes: BlockHashes | None = None
     marks: Marks = ()
+    rows: int = 0
     spoilt: bool = False
     block_ids: list[int] = dataclasses.field(default_factory=list)
     answer: dict[str, Any] | None = None
@@ -79,6 +82,7 @@ class SchedulerHalf:
         num_layers: Layers of the model.
         context_window: Most tokens of a prompt and its answer.
         block_size: Tokens of a block.
+        step_rows: Most rows that the blends of one step may recompute together; the first one always may.
         engine_id: vLLM's name of this engine.
 
     Attributes:
@@ -97,6 +101,7 @@ class SchedulerHalf:
         num_layers: int,
         context_window: int,
         block_size: int,
+        step_rows: int,
         engine_id: str,
     ) -> None:
         self.metrics = BlendMetrics()
@@ -110,6 +115,8 @@ class SchedulerHalf:
         self._num_layers = num_layers
         self._context_window = context_window
         self._block_size = block_size
+        self._step_rows = step_rows
+        self._planned_rows = 0  # in this step
         self._engine_id = engine_id
         self._box = open_box(engine_id)
         self._block_pool: Any = None
@@ -182,6 +189,9 @@ class SchedulerHalf:
             return 0
         if not self._computed(request.block_hashes[: hit // self._block_size]):
             return None
+        plan.rows = recompute_budget(layout, plan.params.blend.recompute_ratio) + len(layout.missed)
+        if self._jobs.blends and self._planned_rows + plan.rows > self._step_rows:
+            return None  # requests that are being answered wait for the step to end
         first_block = _first_loaded(layout) // self._block_size
         if first_block < plan.marks[0][0]:  # exact blocks that were to be read have been evicted meanwhile
             plan.marks = ((first_block, plan.marks[0][1]),)
@@ -212,6 +222,7 @@ class SchedulerHalf:
         plan.block_ids = block_ids
         if filled_in:
             hit = len(plan.ids) - 1 - filled_in
+            self._planned_rows += plan.rows
             self._jobs.blends.append(
                 BlendJob(
                     request.request_id,
@@ -243,6 +254,7 @@ class SchedulerHalf:
                 start = len(self._primer_ids)
                 self._jobs.saves.append(SaveJob(request_id, plan.ids[start:], start, list(plan.block_ids)))
         jobs, self._jobs = self._jobs, StepJobs(self.scope)
+        self._planned_rows = 0
         return jobs
 
     def step_done(self) -> None:

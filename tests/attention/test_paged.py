@@ -1,4 +1,4 @@
-"""The Triton kernels against plain torch, in Triton's interpreter: with TRITON_INTERPRET=1, which ``make test`` sets."""
+"""The Triton kernels against plain torch, in Triton's interpreter: ``make test`` sets TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The attention of scattered rows, on its own: our kernels against FlashAttention 3 on all rows.
 
-    python benchmarks/kernels.py [--json FILE]
+    python benchmarks/gpu_kernels.py [--json FILE]
 
 Needs a CUDA GPU and vLLM. Llama-3-8B's shape, one layer, paged KV with blocks of 16 in random order, rows at random
 positions (the worst case). Each is timed with events, interleaved, medians. The rate counts the pairs of a row and a
