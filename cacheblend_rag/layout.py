@@ -41,7 +41,7 @@ class PromptLayout:
         cls, length: int, segments: Sequence[Segment] = (), *, prefix: int = 0, prefix_segments: Sequence[Segment] = ()
     ) -> PromptLayout:
         """Lay out a prompt; see the attributes."""
-        is_matched, is_exact = torch.zeros(2, length, dtype=torch.bool)
+        is_matched, is_exact = np.zeros((2, length), bool)  # torch would wake its threads for these
         is_exact[:prefix] = True
         for segment in prefix_segments:
             is_exact[segment.start : segment.end] = True
@@ -52,8 +52,8 @@ class PromptLayout:
             prefix,
             tuple(prefix_segments),
             tuple(segments),
-            is_matched.nonzero().flatten(),
-            (~is_matched & ~is_exact).nonzero().flatten(),
+            torch.from_numpy(np.flatnonzero(is_matched)),
+            torch.from_numpy(np.flatnonzero(~is_matched & ~is_exact)),
         )
 
     @classmethod

@@ -26,6 +26,7 @@ _MARKER = "cacheblend-store.lock"
 _SUFFIX = ".safetensors"
 _KEY = re.compile(r"[0-9a-f]{32}")
 _OLD_SECONDS = 3600.0  # no write takes an hour: whoever was writing is gone
+_KNOWN_IDS = 16384  # chunks whose token ids are kept in memory: some 32 MB
 _FLUSH_SECONDS = 10.0
 _BATCH = 256  # files deleted in one transaction, while other writers wait
 
@@ -88,6 +89,7 @@ class DiskStore:
         self._quarantine = self.directory / "quarantine"
         self._mutex = threading.Lock()
         self._used: dict[str, float] = {}
+        self._known_ids: dict[str, TokenIds] = {}
         self._flush_at = time.monotonic() + _FLUSH_SECONDS
         with self._os_errors("can't be opened"):
             self._prepare()
@@ -161,7 +163,17 @@ class DiskStore:
 
     def ids(self, key: str) -> TokenIds | None:
         """See :meth:`ChunkStore.ids`."""
-        return self._manifest.ids(key)
+        known = self._known_ids.get(key)
+        if known is not None and os.path.exists(self._path(key)):
+            return known  # a key has the same ids for ever
+        ids = self._manifest.ids(key)
+        with self._mutex:
+            self._known_ids.pop(key, None)
+            if ids is not None:
+                self._known_ids[key] = ids
+                if len(self._known_ids) > _KNOWN_IDS:
+                    self._known_ids.pop(next(iter(self._known_ids)))
+        return ids
 
     def __contains__(self, key: object) -> bool:
         """See :meth:`ChunkStore.__contains__`."""

@@ -22,7 +22,8 @@ class Runs:
     """Runs of chunks on their way to the cache, as device tensors; one entry a run unless said otherwise.
 
     Attributes:
-        addresses: int64: of the first key of the first layer to place, first head of this rank.
+        addresses: int64: of the first key, first head of this rank, in layer 0, or in the first layer to place.
+        whole: int32: 1 where that is layer 0, 0 where it is the first layer to place.
         layer_strides: int64: elements from a layer to the next.
         value_strides: int64: elements from a key to its value.
         item_run: int32 ``[items]``: the run that a work item of up to 8 tokens is of.
@@ -35,6 +36,7 @@ class Runs:
     """
 
     addresses: torch.Tensor
+    whole: torch.Tensor
     layer_strides: torch.Tensor
     value_strides: torch.Tensor
     item_run: torch.Tensor
@@ -80,8 +82,8 @@ def place_layers(
     heads, head_dim = keys.shape[2:]
     items = runs.item_run.shape[0]
     _place[(items, layers)](
-        runs.addresses, runs.layer_strides, runs.value_strides, runs.item_run, runs.item_start, runs.item_token,
-        runs.item_length, runs.slots, runs.cos, runs.sin, caches, first_layer, token_stride,
+        runs.addresses, runs.whole, runs.layer_strides, runs.value_strides, runs.item_run, runs.item_start,
+        runs.item_token, runs.item_length, runs.slots, runs.cos, runs.sin, caches, first_layer, token_stride,
         *keys.stride()[:3], *values.stride()[:3],
         ELEMENT=_ELEMENTS[keys.dtype], PAGE=keys.shape[1], HEADS=heads, HEADS_PADDED=triton.next_power_of_2(heads),
         HEAD_DIM=head_dim, HEAD_DIM_PADDED=triton.next_power_of_2(head_dim), HALF=runs.cos.shape[1],
@@ -91,8 +93,8 @@ def place_layers(
 
 @triton.jit
 def _place(
-    addresses, layer_strides, value_strides, item_run, item_start, item_token, item_length, slots, cos, sin, caches,
-    first_layer, token_stride,
+    addresses, whole_chunks, layer_strides, value_strides, item_run, item_start, item_token, item_length, slots,
+    cos, sin, caches, first_layer, token_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     ELEMENT: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, TILE: tl.constexpr,
@@ -108,7 +110,7 @@ def _place(
     inside = (token < tl.load(item_length + item)) & (head < HEADS)
     source = (
         tl.load(addresses + run).to(tl.pointer_type(ELEMENT))
-        + tl.program_id(1).to(tl.int64) * tl.load(layer_strides + run)
+        + (tl.program_id(1) + first_layer * tl.load(whole_chunks + run)).to(tl.int64) * tl.load(layer_strides + run)
         + (tl.load(item_start + item) + token).to(tl.int64) * token_stride
         + head * HEAD_DIM
     )

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from cacheblend_rag.chunks import ChunkKV
@@ -40,9 +41,9 @@ class _ResidentChunks:
         self._nbytes = 0
         self._copies: OrderedDict[str, torch.Tensor] = OrderedDict()  # least recently used first
 
-    def get(self, chunk: ChunkKV, first: int, last: int) -> torch.Tensor:
-        """The KV of layers ``first .. last - 1``, flat, from here if it is here."""
-        return self._copies.get(chunk.key, chunk.kv)[first:last].view(-1)
+    def get(self, key: str) -> torch.Tensor | None:
+        """The KV of a chunk, if it is here."""
+        return self._copies.get(key)
 
     def add(self, chunks: Sequence[ChunkKV]) -> None:
         """Keep chunks, in place of those that were used longest ago."""
@@ -77,6 +78,8 @@ class LayerStream:
         self._stream: Any = torch.cuda.Stream(model.kv.device)  # type: ignore[no-untyped-call]
         # External: a captured graph waits for the event as it is when the graph runs, not as it was when captured.
         self._in_place: list[Any] = [_event(external=True) for _ in model.layers]
+        for event in self._in_place:  # one that was never recorded does not exist, and a graph would not wait for it
+            event.record()
         views = [model.kv.views(layer) for layer in range(len(model.layers))]
         self._keys, self._values = views[0]
         self._token_stride = model.total_kv_heads * model.kv.head_dim
@@ -104,22 +107,34 @@ class LayerStream:
         Returns:
             False: nothing was done, the staging buffer does not hold a layer of all that.
         """
-        per_layer = [chunk.kv[0].numel() for chunk, _ in pieces]
-        layers = min(_LAYERS, self._staging.numel() // sum(per_layer))
+        resident = [self._resident.get(chunk.key) for chunk, _ in pieces]
+        per_layer = [
+            chunk.kv[0].numel() if copy is None else 0 for (chunk, _), copy in zip(pieces, resident, strict=True)
+        ]
+        staged = sum(per_layer)
+        layers = min(_LAYERS, self._staging.numel() // staged) if staged else len(self._in_place)
         if not layers:
             return False
         self._in_use = [(done, held) for done, held in self._in_use if not done.query()]
-        for chunk, _ in pieces:
-            self.pinned.pin(chunk)
         regions = [layers * start for start in itertools.accumulate(per_layer[:-1], initial=0)]
-        runs = self._describe(pieces, regions, block_ids)
+        staging = self._staging.data_ptr()
+        addresses = [
+            staging + region * self._staging.itemsize if copy is None else copy.data_ptr()
+            for region, copy in zip(regions, resident, strict=True)
+        ]
+        runs = self._describe(pieces, addresses, [copy is not None for copy in resident], block_ids)
+        to_stage = [
+            (self._pinned(chunk), region)
+            for (chunk, _), region, copy in zip(pieces, regions, resident, strict=True)
+            if copy is None
+        ]
         # The tables are made on the current stream, where what the blocks held before is perhaps still being read.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for first in range(0, len(self._in_place), layers):
                 last = min(first + layers, len(self._in_place))
-                for (chunk, _), region in zip(pieces, regions, strict=True):
-                    source = self._resident.get(chunk, first, last)
+                for kv, region in to_stage:
+                    source = kv[first:last].reshape(-1)
                     self._staging[region : region + len(source)].copy_(source, non_blocking=True)
                 place_layers(runs, self._caches, first, last - first, self._keys, self._values, self._token_stride)
                 for layer in range(first, last):
@@ -127,27 +142,52 @@ class LayerStream:
             self._resident.add([chunk for chunk, _ in pieces])
             done = _event()
             done.record()
-        self._in_use.append((done, (pieces, runs)))
+        self._in_use.append((done, (pieces, runs, resident)))
         return True
 
+    def _pinned(self, chunk: ChunkKV) -> torch.Tensor:
+        self.pinned.pin(chunk)
+        return chunk.kv
+
     def _describe(
-        self, pieces: Sequence[tuple[ChunkKV, Segment]], regions: Sequence[int], block_ids: torch.Tensor
+        self,
+        pieces: Sequence[tuple[ChunkKV, Segment]],
+        addresses: Sequence[int],
+        whole: Sequence[bool],
+        block_ids: torch.Tensor,
     ) -> Runs:
+        """Tables for the kernel; ``addresses`` are those of the chunks' first elements."""
         model, kv = self._model, self._model.kv
-        old = torch.cat([torch.arange(s.length) + (c.start + s.offset) for c, s in pieces])
-        new = torch.cat([torch.arange(s.start, s.end) for _, s in pieces])
-        positions = upload(torch.stack([old, new]), kv.device)
+        old = np.concatenate([np.arange(s.length) + (c.start + s.offset) for c, s in pieces])
+        new = np.concatenate([np.arange(s.start, s.end) for _, s in pieces])
+        positions = upload(torch.from_numpy(np.stack([old, new])), kv.device)
         shift = shift_table(model.rotary_table(positions[0]), model.rotary_table(positions[1]))
         slots = block_ids[positions[1] // kv.block_size] * kv.block_size + positions[1] % kv.block_size
         first_head = model.local_heads().start * kv.head_dim
-        addresses = [
-            self._staging.data_ptr() + (region + s.offset * self._token_stride + first_head) * kv.dtype.itemsize
-            for (_, s), region in zip(pieces, regions, strict=True)
+        of_runs = [
+            [
+                at + (s.offset * self._token_stride + first_head) * kv.dtype.itemsize
+                for (_, s), at in zip(pieces, addresses, strict=True)
+            ],
+            [c.kv.stride(0) for c, _ in pieces],
+            [c.kv.stride(1) for c, _ in pieces],
+            whole,
         ]
-        strides = [addresses, [c.kv.stride(0) for c, _ in pieces], [c.kv.stride(1) for c, _ in pieces]]
-        addresses_at, layer_strides, value_strides = upload(torch.tensor(strides), kv.device)
+        first_keys, layer_strides, value_strides, is_whole = upload(torch.tensor(of_runs), kv.device)
         run, start, token, length = upload(work_items([s.length for _, s in pieces]), kv.device)
-        return Runs(addresses_at, layer_strides, value_strides, run, start, token, length, slots, shift.cos, shift.sin)
+        return Runs(
+            first_keys,
+            is_whole.int(),
+            layer_strides,
+            value_strides,
+            run,
+            start,
+            token,
+            length,
+            slots,
+            shift.cos,
+            shift.sin,
+        )
 
 
 def _event(**options: bool) -> Any:

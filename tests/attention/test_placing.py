@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -33,6 +35,7 @@ def place_and_check(heads: int, local: int, head_dim: int, half: int, dtype: tor
     first = heads - local
     runs = Runs(
         torch.tensor([chunk[0, 0, OFFSET, first].data_ptr() for chunk in chunks], device=device),
+        torch.tensor([1, 1, 0], dtype=torch.int32, device=device),
         torch.tensor([chunk.stride(0) for chunk in chunks], device=device),
         torch.tensor([chunk.stride(1) for chunk in chunks], device=device),
         *work_items(LENGTHS).to(device),
@@ -41,10 +44,12 @@ def place_and_check(heads: int, local: int, head_dim: int, half: int, dtype: tor
         sin,
     )
     addresses = torch.tensor([[keys.data_ptr(), values.data_ptr()] for keys, values in views], device=device)
-    # As the staging buffer is filled: what is placed begins at the given addresses.
     place_layers(runs, addresses, 0, 2, *views[0], heads * head_dim)
-    later = Runs(runs.addresses + 2 * runs.layer_strides * dtype.itemsize, *list(vars(runs).values())[1:])
-    place_layers(later, addresses, 2, 1, *views[0], heads * head_dim)
+    # The last one is not there as a whole: what is placed next begins at its address.
+    shift = torch.tensor([0, 0, 2], device=device) * runs.layer_strides * dtype.itemsize
+    place_layers(
+        dataclasses.replace(runs, addresses=runs.addresses + shift), addresses, 2, 1, *views[0], heads * head_dim
+    )
     sources = [
         torch.cat([chunk[:, i, OFFSET : OFFSET + n, first:] for chunk, n in zip(chunks, LENGTHS, strict=True)], dim=1)
         for i in (0, 1)
