@@ -31,6 +31,7 @@ _SHIFT = 7
 # near 1, through all layers too, where rounding (of quantised activations most) adds up.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _THROUGH_LAYERS = 5
+_WRONG = 100.0  # far from any key or value
 
 
 @torch.inference_mode()
@@ -64,6 +65,9 @@ def probed_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | No
     model.kernel_passes = passes
     try:
         errors = _errors(model) | _kernel_errors(model, passes)
+    except Exception:  # the engine starts without them then
+        logger.warning("blending runs without its own GPU kernels: trying them failed", exc_info=True)
+        return None
     finally:
         model.kernel_passes = None
     for what, (miss, share) in errors.items():
@@ -74,7 +78,11 @@ def probed_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | No
 
 
 def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[float, int]]:
-    """As :func:`_errors`: every third row of a text, in all layers, by each of the kernels."""
+    """As :func:`_errors`: every third row of a text, in all layers, by each of the kernels.
+
+    The other rows are on their way to the cache when the pass begins, and what is there until they come is wrong; so is
+    what comes for the rows of the pass. A pass that did not wait for each layer, or for which one came too late, shows.
+    """
     device, kv = model.kv.device, model.kv
     errors = {}
     for rows in (_TOKENS // 3, 2 * passes.most_watched):
@@ -88,9 +96,15 @@ def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[f
         forward = PagedForward(model, token_ids, block_ids.tolist(), 0)
         whole = forward.read(0, tokens)
         some = places[1::3]
-        wrong = torch.full((len(some), kv.num_kv_heads, kv.head_dim), 100.0, dtype=kv.dtype, device=device)
+        coming = _all_heads(model, whole)
+        coming[:, :, some] = _WRONG
+        scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
+        chunk = ChunkKV(f"probe-{tokens}", scope, np.zeros(tokens, np.int32), 0, coming.cpu())
+        wrong = torch.full((tokens, kv.num_kv_heads, kv.head_dim), _WRONG, dtype=kv.dtype, device=device)
         for layer in range(len(model.layers)):
-            kv.write(layer, wrong, wrong, slot_mapping(some, block_ids, kv.block_size))
+            kv.write(layer, wrong, wrong, slot_mapping(places, block_ids, kv.block_size))
+        passes.stream.pinned.pin(chunk)  # here, or it would take so long that nothing is left to wait for
+        forward.place([(chunk, Segment(0, tokens, chunk.key, 0))])
         passes.recompute(token_ids, some, block_ids)
         miss = _relative(forward.read(0, tokens)[:, :, 1::3], whole[:, :, 1::3])
         errors[f"a pass over {len(some)} of {tokens} tokens changes what it computes"] = (miss, _THROUGH_LAYERS)
