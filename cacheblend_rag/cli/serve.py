@@ -28,6 +28,7 @@ def serve(
     ] = "auto",
     min_reused_tokens: Annotated[int, typer.Option(help="With auto: below that, prefill plainly.")] = 512,
     memory_gib: Annotated[float, typer.Option(min=0, help="Chunks kept in memory besides, in GiB.")] = 1.0,
+    gpu_gib: Annotated[float, typer.Option(min=0, help="Chunks kept in each GPU's memory too, in GiB.")] = 0.0,
     max_gib: Annotated[float | None, typer.Option(min=0, help="Most GiB of the store; no limit unless given.")] = None,
     on_unsupported: Annotated[
         str, typer.Option(help="A model that can't be blended: refuse to start, or prefill plainly.")
@@ -50,6 +51,7 @@ def serve(
         {
             "store": str(store),
             "memory_bytes": int(memory_gib * 2**30),
+            "gpu_bytes": int(gpu_gib * 2**30),
             "max_bytes": None if max_gib is None else int(max_gib * 2**30),
             "namespace": namespace,
             "primer": DEFAULT_PRIMER if primer is None else options.read_text(primer),

@@ -448,3 +448,20 @@ class TestManifest:
             for store in stores:
                 assert len(list(store.entries())) == damaged
                 store.close()
+
+
+def test_ids_of_a_chunk_that_another_process_deleted(open_disk: Callable[..., DiskStore]) -> None:
+    """Token ids stay in memory, but not longer than the chunk is there."""
+    reader, other = open_disk(), open_disk()
+    chunk = make_chunk(1)
+    reader.put(chunk)
+    for _ in range(2):
+        ids = reader.ids(chunk.key)
+        assert ids is not None
+        assert ids.tolist() == chunk.ids.tolist()
+    other.delete(chunk.key)
+    assert reader.ids(chunk.key) is None
+    other.put(chunk)
+    ids = reader.ids(chunk.key)
+    assert ids is not None
+    assert ids.tolist() == chunk.ids.tolist()

@@ -133,6 +133,32 @@ def test_blended_and_plain_requests_in_one_step(engines: Engines, model: str) ->
     assert [answer.stats.decision == "blend" for answer in answers] == [True, False] * 3
 
 
+@pytest.mark.parametrize(("step_rows", "most"), [(1, 1), (10**6, 4)])
+def test_a_step_blends_no_more_than_it_may(engines: Engines, model: str, step_rows: int, most: int) -> None:
+    """Four blended requests, sent together: one a step if the limit is low, and then they wait, and answer alike."""
+    engine = engines.get(model, engine_args={"block_size": BLOCK})
+    engine.warm(CHUNKS)
+    case = Case(engine, CHUNKS)
+    prompts = [case.prompt(seed) for seed in range(40, 44)]
+    settings = {"max_tokens": 4, "logprobs": 2, "blend": {"mode": "blend"}}
+    expected = alone(case, prompts, **settings)
+    connector = connectors(engine)[0]
+    build, blends = connector.build_connector_meta, []
+
+    def watch(output: Any) -> Any:
+        jobs = build(output)
+        blends.append(len(jobs.blends))
+        return jobs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connector, "build_connector_meta", watch)
+        patch.setattr(connector._scheduler, "_step_rows", step_rows)
+        answers = together(engine, [(prompt, settings) for prompt in prompts])
+    assert sum(blends) == 4
+    assert max(blends) == most
+    assert_alike(answers, expected)
+
+
 def test_preempted_requests_answer_as_they_do_alone(case: Case, preemptions: list[str]) -> None:
     """More answers than the KV cache holds: some requests lose their blocks and are read again."""
     prompts = [case.prompt(seed, chunks=1) for seed in range(8)]

@@ -181,6 +181,7 @@ def test_supported_versions_are_silent(version: str, monkeypatch: pytest.MonkeyP
         {"stroe": "x"},
         {"store": 3},
         {"memory_bytes": -1},
+        {"gpu_bytes": -1},
         {"memory_bytes": "1G"},
         {"max_bytes": 1.5},
         {"primer": 7},
