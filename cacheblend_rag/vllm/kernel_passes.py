@@ -276,7 +276,7 @@ def _obstacle(model: PagedModel) -> str | None:
 
 
 def _sizes(most: int, tile: int) -> list[int]:
-    """Rows of the graphs: steps of at most an eighth, so that little is lost or repeated."""
+    """Rows of the graphs: above the smallest, steps of at most an eighth, so that little is lost or repeated."""
     sizes = list(range(tile, _MOST_WATCHED + 1, max(tile, 64)))
     for first, last, step in ((_MOST_WATCHED, 1024, BUCKET), (1024, 4096, 256), (4096, most, 512)):
         sizes += range(first + step, min(last, most) + 1, step)

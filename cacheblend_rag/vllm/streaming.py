@@ -88,14 +88,16 @@ class LayerStream:
             _STAGING_BYTES // model.kv.dtype.itemsize, dtype=model.kv.dtype, device=model.kv.device
         )
         self._in_use: list[tuple[Any, object]] = []  # memory that the stream still reads
+        self._passes_done = _event()  # of the prompt that was placed last
 
     def wait(self, layer: int) -> None:
         """Let the current stream wait until a layer is in place."""
         torch.cuda.current_stream().wait_event(self._in_place[layer])
 
     def wait_for_all(self) -> None:
-        """Let the current stream wait until everything is in place."""
+        """Let the current stream wait until everything is in place, after the last pass that waits layer by layer."""
         torch.cuda.current_stream().wait_stream(self._stream)
+        self._passes_done.record()
 
     def place(self, pieces: Sequence[tuple[ChunkKV, Segment]], block_ids: torch.Tensor) -> bool:
         """Begin to put runs of chunks at their positions; see :meth:`wait`.
@@ -128,6 +130,8 @@ class LayerStream:
             for (chunk, _), region, copy in zip(pieces, regions, resident, strict=True)
             if copy is None
         ]
+        # A graph that is still to run must not meet the events of the next prompt: those come after that graph.
+        self._passes_done.synchronize()
         # The tables are made on the current stream, where what the blocks held before is perhaps still being read.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

@@ -61,7 +61,8 @@ class _Choices:
             # With all matched tokens still to be blended, the policy makes the same choice by itself.
             if choice is not None and choice.hit <= job.hit and choice.first < job.hit and matched[-1] < choice.length:
                 for rows, layer in choice.deviation_passes:
-                    if len(left := rows.cpu()[rows.cpu() >= job.hit].long()):
+                    known = rows.cpu().long()
+                    if len(left := known[known >= job.hit]):
                         forward.deviations(left, layer)
                 self._known.move_to_end((job.salt, prompt))
                 positions = choice.positions.cpu().long()
