@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout, upload
+from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute
 from cacheblend_rag.policies import get_policy
 
 
@@ -32,9 +34,7 @@ class Moment(Protocol):
 class BlendForward(Protocol):
     """One prompt inside an engine: its KV, partly loaded from chunks, and the model that can run over any of its rows.
 
-    Rows are int64 positions, ascending, on the CPU or on the engine's device; what is returned is on either. On a GPU
-    nothing here is read back to the host, which prepares the next pass while the GPU is busy with the last.
-    Every method computes with exact causality: a row sees keys 0 .. its own position.
+    On a GPU nothing here is read back to the host, which prepares the next pass while the GPU is busy with the last.
 
     Attributes:
         num_layers: Decoder layers.
@@ -48,34 +48,16 @@ class BlendForward(Protocol):
         """This moment in the engine's work, which may lag behind the caller's."""
 
     def affordable_rows(self, rows: int) -> int:
-        """The most rows, up to ``rows``, that :meth:`recompute` runs without waste; ``rows`` if it doesn't matter."""
+        """The most rows, up to ``rows``, that are recomputed without waste; ``rows`` if it doesn't matter."""
 
     def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
-        """Run rows up to the values of ``layer``, keeping their fresh KV there and in the layers before.
-
-        Returns:
-            float32 ``[rows]``: squared L2 distance between fresh and cached values of that layer, over all heads.
-        """
+        """See :class:`~cacheblend_rag.passes.Deviations`."""
 
     def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
-        """Run rows through all layers and watch where the question looks.
-
-        Args:
-            rows: The last of them are ``question``.
-            question: Rows whose attention is recorded.
-            layers: Layers that count.
-
-        Returns:
-            float32 ``[prompt tokens]``: attention probability that each token gets, mean over layers, heads and
-            question.
-        """
+        """See :class:`~cacheblend_rag.passes.QuestionAttention`."""
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
-        """Run rows through all layers, the prompt's last row among them, and keep their KV.
-
-        Returns:
-            float32 ``[vocabulary]``: logits after the last row; empty if the engine computes the last row itself.
-        """
+        """See :class:`~cacheblend_rag.passes.Recompute`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +97,33 @@ def recompute_budget(layout: PromptLayout, ratio: float) -> int:
     return math.floor(round(ratio * len(layout.matched), 6))
 
 
-def blend(
+def blend(forward: BlendForward, layout: PromptLayout, config: BlendConfig) -> BlendResult:
+    """Blend one prompt; see :func:`blend_passes`."""
+    passes = blend_passes(forward, layout, config)
+    try:
+        wanted = next(passes)
+        while True:
+            wanted = passes.send(run_pass(forward, wanted))
+    except StopIteration as end:
+        result: BlendResult = end.value
+        return result
+
+
+def run_pass(forward: BlendForward, wanted: Pass) -> torch.Tensor:
+    """Run one pass over one prompt."""
+    match wanted:
+        case Deviations():
+            return forward.deviations(wanted.rows, wanted.layer)
+        case QuestionAttention():
+            return forward.question_attention(wanted.rows, wanted.question, wanted.layers)
+        case Recompute():
+            return forward.recompute(wanted.rows)
+
+
+def blend_passes(
     forward: BlendForward, layout: PromptLayout, config: BlendConfig, chosen: torch.Tensor | None = None
-) -> BlendResult:
-    """Blend one prompt whose cached KV is loaded; afterwards its KV is complete and its first token can be chosen.
+) -> Generator[Pass, torch.Tensor, BlendResult]:
+    """Blend a prompt whose cached KV is loaded; afterwards its KV is complete and its first token can be chosen.
 
     Without segments this is plain prefill of everything after the prefix.
 
@@ -128,6 +133,9 @@ def blend(
         config: The request's settings.
         chosen: Matched positions (int64, ascending) to recompute, where that has been decided before. None: the policy
             chooses.
+
+    Yields:
+        Passes to be run in turn, and is sent what they find.
 
     Raises:
         PolicyError: the policy returned positions that it may not return.
@@ -145,12 +153,12 @@ def blend(
         needed = int((layout.missed >= forward.exact_tokens).sum())
         budget = max(forward.affordable_rows(budget + needed) - needed, 1)
         policy = get_policy(config.policy)
-        policy_name, chosen = policy.select(forward, layout, budget, config)
+        policy_name, chosen = yield from policy.select(layout, budget, config, forward.num_layers)
         _check_choice(policy_name, chosen, layout, budget)
     selected = forward.now()
     # What stands before the first segment may have become exact while selecting.
     missed = layout.missed[layout.missed >= forward.exact_tokens]
-    logits = forward.recompute(torch.cat([chosen, upload(missed, chosen.device)]).sort().values)
+    logits = yield Recompute(torch.cat([chosen, upload(missed, chosen.device)]).sort().values)
     return BlendResult(logits, chosen, policy_name, started, selected, forward.now())
 
 

@@ -9,7 +9,8 @@ Three ways to use it, with the same results:
 
     plain    each tile walks all its keys
     split    few rows over many keys: each tile's keys are divided among programs, and a second kernel combines them
-    prefix   another kernel has attended to the keys before a tile's first one (``prefix.py``); this one goes on
+    prefix   another kernel has attended to the keys before a tile's first one (``prefix.py``); this one goes on, by
+             itself where few keys are left, split in the few tiles where there are many
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LONG_SPLITS = 8  # programs that share a long tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,25 @@ class PagedRows:
     block_table: torch.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What another kernel has computed, for each tile, of the keys before one.
+
+    Attributes:
+        first_keys: int32 ``[tiles]``: the first key that is left.
+        out: ``[rows, heads, head_dim]`` of the query's dtype: its result.
+        lse: float32 ``[heads, rows]``: the natural logarithm of its sum of exponentials.
+        is_long: int32 ``[tiles]``: 1 where a tile is among ``long_tiles``.
+        long_tiles: int32 ``[any]``: tiles that several programs share, for what is left is long; -1: none.
+    """
+
+    first_keys: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    is_long: torch.Tensor
+    long_tiles: torch.Tensor
+
+
 def tile_rows(heads: int, kv_heads: int) -> int:
     """Rows of a tile: with the query heads that share a KV head, 64 rows of a matrix product, 16 rows at least."""
     group: int = triton.next_power_of_2(heads // kv_heads)
@@ -55,7 +76,7 @@ def attend_rows(
     out: torch.Tensor | None = None,
     splits: int = 1,
     lse: torch.Tensor | None = None,
-    prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    prefix: Prefix | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -71,9 +92,7 @@ def attend_rows(
         out: Where the result goes; like ``query``, contiguous. None: a new tensor.
         splits: Programs that share the keys of a tile.
         lse: float32 ``[rows, heads]``, written: base-2 logarithm of the sum of the exponentials of the scaled logits.
-        prefix: What another kernel has computed of each tile's keys before its first: int32 ``[rows / tile]`` (the
-            first key that is left), ``[rows, heads, head_dim]`` of the query's dtype (its result), and float32
-            ``[heads, rows]`` (the natural logarithm of its sum of exponentials). Not with ``splits``.
+        prefix: What another kernel has computed. Not with ``splits`` or ``lse``.
         key_scale: What float8 keys were divided by.
         value_scale: What float8 values were divided by.
 
@@ -86,23 +105,41 @@ def attend_rows(
     padded = max(16, triton.next_power_of_2(head_dim))
     block_keys, warps, stages = _launch(padded, query.element_size())
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-    partial = out if splits == 1 else out.new_empty((splits, count, heads, head_dim), dtype=torch.float32)
-    log_sums = lse if splits == 1 else out.new_empty((splits, count, heads), dtype=torch.float32)
-    first_keys, prefix_out, prefix_lse = prefix if prefix is not None else (rows.positions, query, rows.positions)
-    _attend[(count // tile, kv_heads, splits)](
-        query, keys, values, partial, out if log_sums is None else log_sums, rows.positions, rows.tile_sequence,
-        rows.block_table, first_keys, prefix_out, prefix_lse,
-        scale * key_scale, value_scale, count, heads,
-        query.stride(0), query.stride(1), *keys.stride()[:3], *values.stride()[:3], rows.block_table.stride(0),
-        PAGE=keys.shape[1], GROUP=heads // kv_heads, GROUP_PADDED=triton.next_power_of_2(heads // kv_heads),
-        HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded, TILE=tile, KEYS=block_keys, SPLITS=splits,
-        HAS_PREFIX=prefix is not None, STORE_LSE=log_sums is not None, num_warps=warps, num_stages=stages,
+    strides = (
+        query.stride(0), query.stride(1), *keys.stride()[:3], *values.stride()[:3], rows.block_table.stride(0)
     )  # fmt: skip
-    if splits > 1:
-        _combine[(count, heads)](
-            partial, log_sums, out, out if lse is None else lse, count, heads,
-            HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded, SPLITS=splits, STORE_LSE=lse is not None, num_warps=1,
+
+    def attend(tiles: int, splits: int, result: torch.Tensor, log_sums: torch.Tensor | None, listed: bool) -> None:
+        _attend[(tiles, kv_heads, splits)](
+            query, keys, values, result, result if log_sums is None else log_sums, rows.positions, rows.tile_sequence,
+            rows.block_table, *given, scale * key_scale, value_scale, count, heads, *strides,
+            PAGE=keys.shape[1], GROUP=heads // kv_heads, GROUP_PADDED=triton.next_power_of_2(heads // kv_heads),
+            HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded, TILE=tile, KEYS=block_keys, SPLITS=splits,
+            HAS_PREFIX=prefix is not None, LISTED=listed, STORE_LSE=log_sums is not None, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
+
+    def share(tiles: int, splits: int, listed: bool) -> None:
+        """Let several programs attend for each tile, then combine what they have."""
+        partial = out.new_empty((splits, tiles * tile, heads, head_dim), dtype=torch.float32)
+        log_sums = out.new_empty((splits, tiles * tile, heads), dtype=torch.float32)
+        attend(tiles, splits, partial, log_sums, listed)
+        _combine[(tiles * tile, heads)](
+            partial, log_sums, out, out if lse is None else lse, *given, count, heads,
+            HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded, TILE=tile, SPLITS=splits, LISTED=listed,
+            STORE_LSE=lse is not None, num_warps=1,
+        )  # fmt: skip
+
+    if prefix is not None:
+        given = (prefix.first_keys, prefix.out, prefix.lse, prefix.is_long, prefix.long_tiles)
+        attend(count // tile, 1, out, None, False)
+        share(len(prefix.long_tiles), _LONG_SPLITS, True)
+        return out
+    given = (rows.positions, query, rows.positions, rows.positions, rows.positions)  # not read
+    if splits == 1:
+        attend(count // tile, 1, out, lse, False)
+    else:
+        share(count // tile, splits, False)
     return out
 
 
@@ -154,16 +191,24 @@ def _step(
 
 @triton.jit
 def _attend(
-    query, keys, values, out, lse, positions, tile_sequence, block_table, first_keys, prefix_out, prefix_lse,
-    scale, value_scale, rows, heads,
+    query, keys, values, out, lse, positions, tile_sequence, block_table,
+    first_keys, prefix_out, prefix_lse, is_long, long_tiles, scale, value_scale, rows, heads,
     query_row_stride, query_head_stride, key_block_stride, key_slot_stride, key_head_stride,
     value_block_stride, value_slot_stride, value_head_stride, table_stride,
     PAGE: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, STORE_LSE: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, LISTED: tl.constexpr, STORE_LSE: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows, one KV head, one share of the keys. Late tiles, which have most keys, go first."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if LISTED:
+        tile = tl.load(long_tiles + tl.program_id(0))
+        if tile < 0:
+            return
+    else:
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        if HAS_PREFIX:
+            if tl.load(is_long + tile) != 0:
+                return
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     offset = tl.arange(0, TILE * GROUP_PADDED)
@@ -180,8 +225,8 @@ def _attend(
     end = tl.max(position, 0) + 1
     seen_by_all = tl.min(position, 0) + 1
     if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end, SPLITS), KEYS) * KEYS
-        first = split * share
+        share = tl.cdiv(tl.cdiv(end - first, SPLITS), KEYS) * KEYS
+        first += split * share
         end = tl.minimum(end, first + share)
         seen_by_all = tl.minimum(seen_by_all, end)
     unmasked_end = first + tl.maximum(seen_by_all - first, 0) // KEYS * KEYS
@@ -204,7 +249,7 @@ def _attend(
         )  # fmt: skip
 
     acc = acc * value_scale
-    if HAS_PREFIX:
+    if HAS_PREFIX and not LISTED:
         before = tl.load(prefix_lse + head.to(tl.int64) * rows + row, mask=member < GROUP, other=0.0) * _LOG2E
         new_top = tl.maximum(top, before)
         keep, add = tl.exp2(top - new_top), tl.exp2(before - new_top)
@@ -214,31 +259,50 @@ def _attend(
         total = total * keep + add
         top = new_top
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a share without keys
-    to = ((split.to(tl.int64) * rows + row[:, None]) * heads + head[:, None]) * HEAD_DIM + dim[None, :]
+    if LISTED:  # what is shared has rows of its own
+        row = tl.program_id(0) * TILE + offset // GROUP_PADDED
+        rows = tl.num_programs(0) * TILE
+    to_row = split.to(tl.int64) * rows + row
+    to = (to_row[:, None] * heads + head[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(out + to, acc.to(out.dtype.element_ty), mask=mask)
     if STORE_LSE:
         log_sum = tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
-        tl.store(lse + (split.to(tl.int64) * rows + row) * heads + head, log_sum, mask=member < GROUP)
+        tl.store(lse + to_row * heads + head, log_sum, mask=member < GROUP)
 
 
 @triton.jit
 def _combine(
-    partial, log_sums, out, lse, rows, heads,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr, SPLITS: tl.constexpr, STORE_LSE: tl.constexpr,
+    partial, log_sums, out, lse, first_keys, prefix_out, prefix_lse, is_long, long_tiles, rows, heads,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    LISTED: tl.constexpr, STORE_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Bring the shares of one row and head together."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Bring the shares of one row and head together, and what a listed tile has of its prefix."""
+    shared_row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    shared_rows = tl.num_programs(0)
+    row = shared_row
+    if LISTED:
+        tile = tl.load(long_tiles + shared_row // TILE)
+        if tile < 0:
+            return
+        row = tile.to(tl.int64) * TILE + shared_row % TILE
     dim = tl.arange(0, HEAD_DIM_PADDED)
     top = float("-inf")
+    if LISTED:
+        top = tl.load(prefix_lse + head.to(tl.int64) * rows + row) * _LOG2E
     for split in range(SPLITS):
-        top = tl.maximum(top, tl.load(log_sums + (split * rows + row) * heads + head))
+        top = tl.maximum(top, tl.load(log_sums + (split * shared_rows + shared_row) * heads + head))
     acc = tl.zeros([HEAD_DIM_PADDED], tl.float32)
     total = 0.0
+    to = (row * heads + head) * HEAD_DIM + dim
+    if LISTED:
+        weight = tl.exp2(tl.load(prefix_lse + head.to(tl.int64) * rows + row) * _LOG2E - top)
+        acc += weight * tl.load(prefix_out + to, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+        total += weight
     for split in range(SPLITS):
-        weight = tl.exp2(tl.load(log_sums + (split * rows + row) * heads + head) - top)
-        at = ((split * rows + row) * heads + head) * HEAD_DIM + dim
+        weight = tl.exp2(tl.load(log_sums + (split * shared_rows + shared_row) * heads + head) - top)
+        at = ((split * shared_rows + shared_row) * heads + head) * HEAD_DIM + dim
         acc += weight * tl.load(partial + at, mask=dim < HEAD_DIM, other=0.0)
         total += weight
-    tl.store(out + (row * heads + head) * HEAD_DIM + dim, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    tl.store(out + to, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
     if STORE_LSE:
         tl.store(lse + row * heads + head, top + tl.log2(total))

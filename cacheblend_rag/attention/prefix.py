@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 
-from cacheblend_rag.attention.paged import PagedRows, attend_rows
+from cacheblend_rag.attention.paged import PagedRows, Prefix, attend_rows
 
 BUCKET = 64
 """Rows of a bucket: a multiple of every tile of ``paged.py``."""
+
+# Where chosen rows lie close together here and there, the bucket between two such places has a long way to go. One
+# program would take as long for it as all others for the rest.
+_LONG = 1024  # keys
+_MOST_LONG = 32  # tiles that are shared by several programs, the longest ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Buckets:
         bounds: int32 ``[buckets + 1]``: where buckets begin.
         shared_keys: int32 ``[buckets]``: leading keys that all rows of a bucket see.
         first_keys: int32 ``[tiles]``: the same, for each tile.
+        is_long: int32 ``[tiles]``: whether a tile has many keys left, see :class:`Prefix`.
+        long_tiles: int32 ``[most]``: those that have, -1: no further ones.
         block_table: int32 ``[buckets, blocks]``.
     """
 
@@ -36,6 +43,8 @@ class Buckets:
     bounds: torch.Tensor
     shared_keys: torch.Tensor
     first_keys: torch.Tensor
+    is_long: torch.Tensor
+    long_tiles: torch.Tensor
     block_table: torch.Tensor
 
     @classmethod
@@ -43,12 +52,18 @@ class Buckets:
         """Cut rows, a multiple of :data:`BUCKET`, into buckets; nothing is read back to the host."""
         buckets = rows.positions.shape[0] // BUCKET
         tiles = rows.tile_sequence.shape[0] // buckets
+        tile = BUCKET // tiles
         shared = rows.positions[::BUCKET] + 1
+        first_keys = shared.repeat_interleave(tiles, output_size=buckets * tiles)
+        left, longest = (rows.positions[tile - 1 :: tile] + 1 - first_keys).topk(min(_MOST_LONG, buckets * tiles))
+        is_long = torch.zeros_like(first_keys).scatter_(0, longest, (left > _LONG).int())
         return cls(
             rows,
             torch.arange(0, (buckets + 1) * BUCKET, BUCKET, dtype=torch.int32, device=shared.device),
             shared,
-            shared.repeat_interleave(tiles, output_size=buckets * tiles),
+            first_keys,
+            is_long,
+            torch.where(left > _LONG, longest, -1).int(),
             rows.block_table[rows.tile_sequence[::tiles].long()],
         )
 
@@ -86,4 +101,5 @@ def attend_buckets(
         num_splits=1,
         fa_version=3,
     )
-    return attend_rows(query, keys, values, buckets.rows, scale, prefix=(buckets.first_keys, shared_out, shared_lse))
+    prefix = Prefix(buckets.first_keys, shared_out, shared_lse, buckets.is_long, buckets.long_tiles)
+    return attend_rows(query, keys, values, buckets.rows, scale, prefix=prefix)

@@ -40,9 +40,9 @@ def watch_rows(
         key_scale: What float8 keys were divided by.
     """
     count, heads, head_dim = query.shape
-    sequences, kv_heads, tokens = mass.shape
+    _, kv_heads, tokens = mass.shape
     group = heads // kv_heads
-    _watch[(triton.cdiv(tokens, _KEYS), kv_heads, sequences)](
+    _watch[(triton.cdiv(tokens, _KEYS), kv_heads)](
         query, keys, lse, rows.positions, rows.tile_sequence, weights, rows.block_table, mass,
         scale * key_scale, count, heads, tokens, query.stride(0), query.stride(1), *keys.stride()[:3],
         rows.block_table.stride(0),
@@ -59,23 +59,22 @@ def _watch(
     PAGE: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: some keys of one sequence and KV head, under all rows."""
+    """One program: some keys of each sequence, one KV head, under all rows."""
     start = tl.program_id(0) * KEYS
     kv_head = tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
     place = start + tl.arange(0, KEYS)
     dim = tl.arange(0, HEAD_DIM_PADDED)
     offset = tl.arange(0, TILE * GROUP_PADDED)
     member = offset % GROUP_PADDED
     head = kv_head * GROUP + member
-    found = tl.zeros([KEYS], tl.float32)
     for tile in range(rows // TILE):
         row = tile * TILE + offset // GROUP_PADDED
         position = tl.load(positions + row)
         weight = tl.load(weights + row)
         # The keys after the last position are in blocks that the sequence may not have.
-        watched = (tl.load(tile_sequence + tile) == sequence) & (tl.max(position, 0) >= start) & (tl.max(weight, 0) > 0)
+        watched = (tl.max(position, 0) >= start) & (tl.max(weight, 0) > 0)
         if watched:
+            sequence = tl.load(tile_sequence + tile).to(tl.int64)
             in_use = place <= tl.max(position, 0)
             block = tl.load(block_table + sequence * table_stride + place // PAGE, mask=in_use, other=0).to(tl.int64)
             key_at = keys + kv_head * key_head_stride + block * key_block_stride + (place % PAGE) * key_slot_stride
@@ -87,6 +86,6 @@ def _watch(
             log_sum = tl.load(lse + row.to(tl.int64) * heads + head, mask=member < GROUP, other=0.0)
             seen = (place[None, :] <= position[:, None]) & (member < GROUP)[:, None]
             share = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
-            found += tl.sum(share * weight[:, None], 0)
-    at = mass + (sequence * tl.num_programs(1) + kv_head) * tokens + place
-    tl.store(at, tl.load(at, mask=place < tokens, other=0.0) + found, mask=place < tokens)
+            # No other program adds here: atomic only to be in order with this one's next tile.
+            at = mass + (sequence * tl.num_programs(1) + kv_head) * tokens + place
+            tl.atomic_add(at, tl.sum(share * weight[:, None], 0), mask=place < tokens, sem="relaxed")

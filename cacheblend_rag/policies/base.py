@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from cacheblend_rag.blending import BlendForward
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
+    from cacheblend_rag.passes import Selection
 
 
 class SelectionPolicy(Protocol):
@@ -22,16 +22,17 @@ class SelectionPolicy(Protocol):
 
     reads_question: bool
 
-    def select(
-        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
-    ) -> tuple[str, torch.Tensor]:
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
         """Choose.
 
         Args:
-            forward: The prompt inside the engine; passes over it cost time and leave fresh KV behind.
             layout: What is matched and what is missed.
             budget: Most tokens to choose, at least 1 and fewer than are matched.
             config: The request's settings.
+            num_layers: Decoder layers of the model.
+
+        Yields:
+            Passes over the prompt, which cost time and leave fresh KV behind.
 
         Returns:
             The name of the policy that chose (one may fall back to another) and the chosen positions: int64, ascending,

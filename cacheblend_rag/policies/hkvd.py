@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from cacheblend_rag.layout import upload
+from cacheblend_rag.passes import Deviations, Selection
 from cacheblend_rag.policies.base import top_positions
 
 if TYPE_CHECKING:
-    from cacheblend_rag.blending import BlendForward
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -26,9 +26,7 @@ class HKVD:
 
     reads_question = False
 
-    def select(
-        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
-    ) -> tuple[str, torch.Tensor]:
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         missed = layout.missed[layout.missed < layout.question_start]
         candidates = layout.matched
@@ -36,7 +34,7 @@ class HKVD:
         for done, layer in enumerate(config.check_layers, start=1):
             rows = torch.cat([candidates, upload(missed, candidates.device)]).sort().values
             among_rows = torch.searchsorted(rows, candidates)
-            deviations = forward.deviations(rows, layer)
+            deviations = yield Deviations(rows, layer)
             # Gradual filtering: the share kept shrinks linearly to the budget at the last check layer.
             keep = budget * (2 * checks - done) // checks
             candidates = top_positions(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from cacheblend_rag.layout import upload
+from cacheblend_rag.passes import QuestionAttention, Selection
 from cacheblend_rag.policies.base import top_positions
 from cacheblend_rag.policies.hkvd import HKVD
 
 if TYPE_CHECKING:
-    from cacheblend_rag.blending import BlendForward
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -33,14 +33,12 @@ class QueryAware:
 
     reads_question = True
 
-    def select(
-        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
-    ) -> tuple[str, torch.Tensor]:
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = torch.arange(layout.question_start, layout.length)[-MAX_QUESTION_TOKENS:]
         if len(question) < MIN_QUESTION_TOKENS:
-            return HKVD().select(forward, layout, budget, config)
-        attention = forward.question_attention(layout.missed, question, watched_layers(forward.num_layers))
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
         matched = upload(layout.matched, attention.device)
         return "query_aware", top_positions(matched, attention[matched], budget)
 

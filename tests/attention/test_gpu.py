@@ -55,12 +55,13 @@ def test_watched_attention_is_that_of_the_rows(splits: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_going_on_from_flash_attention(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gap", [(0, 0), (300, 1600)], ids=["close", "far apart"])
+def test_going_on_from_flash_attention(gap: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
     flash = pytest.importorskip("vllm.v1.attention.backends.fa_utils")
     if flash.get_flash_attn_version() != 3:
         pytest.skip("needs FlashAttention 3")
-    shape = {"heads": 8, "kv_heads": 2, "sequences": 2, "rows": 300, "pages": 40, "unit": BUCKET}
-    pages = make_pages(**shape, head_dim=head_dim, dtype=dtype, device="cuda")
+    shape = {"heads": 8, "kv_heads": 2, "sequences": 2, "rows": 300, "pages": 220, "unit": BUCKET}
+    pages = make_pages(**shape, gap=gap, head_dim=head_dim, dtype=dtype, device="cuda")
     expected, _ = pages.reference()
     buckets = Buckets.of(pages.rows)
     got = attend_buckets(flash.flash_attn_varlen_func, pages.query, pages.keys, pages.values, buckets, SCALE)

@@ -64,8 +64,10 @@ def make_pages(
     pages: int = 6,
     dtype: torch.dtype = torch.float32,
     unit: int | None = None,
+    gap: tuple[int, int] = (0, 0),
     device: str = "cpu",
 ) -> Pages:
+    """``gap``: positions between which there are no rows."""
     generator = torch.Generator().manual_seed(rows + head_dim + sequences)
     blocks = sequences * pages + 1
     packed = torch.full((blocks, page, kv_heads, 2 * head_dim), float("nan"))
@@ -79,7 +81,8 @@ def make_pages(
         packed[table[sequence, at // page], at % page] = torch.randn(
             tokens, kv_heads, 2 * head_dim, generator=generator
         )
-        some = torch.randperm(tokens, generator=generator)[: min(rows, tokens)].sort().values
+        some = torch.randperm(tokens, generator=generator)
+        some = some[(some < gap[0]) | (some >= gap[1])][:rows].sort().values
         some = torch.cat([some, some[-1:].expand(-len(some) % (unit or tile))])
         positions.append(some)
         tiles += [sequence] * (len(some) // tile)
@@ -165,8 +168,11 @@ def stand_in(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @interpreted
-def test_going_on_from_a_shared_prefix() -> None:
-    pages = make_pages(heads=4, kv_heads=2, head_dim=64, sequences=2, rows=150, pages=12, unit=BUCKET)
+@pytest.mark.parametrize(("pages_each", "gap"), [(12, (0, 0)), (150, (60, 1180))], ids=["close", "far apart"])
+def test_going_on_from_a_shared_prefix(pages_each: int, gap: tuple[int, int]) -> None:
+    pages = make_pages(sequences=2, rows=150, pages=pages_each, unit=BUCKET, gap=gap)
+    buckets = Buckets.of(pages.rows)
+    assert (int(buckets.long_tiles.max()) >= 0) == (gap[1] > 0)
     expected, _ = pages.reference()
-    got = attend_buckets(stand_in, pages.query, pages.keys, pages.values, Buckets.of(pages.rows), SCALE)
+    got = attend_buckets(stand_in, pages.query, pages.keys, pages.values, buckets, SCALE)
     assert float((got - expected).abs().max()) < 1e-4

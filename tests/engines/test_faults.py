@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cacheblend_rag import Generation, PolicyError, StoreError, policies
-from cacheblend_rag.blending import BlendForward
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import transformers_reader
 from cacheblend_rag.engines.model_files import tokenize_chunk
@@ -211,9 +211,8 @@ class _Breaks:
     def __init__(self, choice: Callable[[PromptLayout, int], torch.Tensor]) -> None:
         self._choice = choice
 
-    def select(
-        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
-    ) -> tuple[str, torch.Tensor]:
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+        yield from ()
         return "breaks", self._choice(layout, budget)
 
 

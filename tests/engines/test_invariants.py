@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cacheblend_rag import policies
-from cacheblend_rag.blending import BlendForward
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout
@@ -54,9 +54,8 @@ class _RandomChoice:
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
-    def select(
-        self, forward: BlendForward, layout: PromptLayout, budget: int, config: BlendConfig
-    ) -> tuple[str, torch.Tensor]:
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+        yield from ()
         order = torch.randperm(len(layout.matched), generator=self._generator)[:budget]
         return "random", layout.matched[order].sort().values
 

@@ -51,8 +51,8 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for policy in list(policies._POLICIES.values()):
 
-        def select(*args: Any, original: Any = policy.select) -> tuple[str, torch.Tensor]:
-            name, chosen = original(*args)
+        def select(*args: Any, original: Any = policy.select) -> Selection:
+            name, chosen = yield from original(*args)
             found.append(chosen)
             return name, chosen
 

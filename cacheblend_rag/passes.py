@@ -1,0 +1,69 @@
+"""The passes over a prompt that a blend asks its engine for.
+
+A blend is a generator: it yields passes and is sent what they found. Whoever drives it may run one prompt, or the passes
+of several prompts as one.
+
+Rows are int64 positions, ascending, on the CPU or on the engine's device, and so is what is sent back. A row sees keys
+0 .. its own position, cached or fresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+from typing import TypeAlias
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviations:
+    """Run rows up to the values of a layer, keeping their fresh KV there and in the layers before.
+
+    Sent back is float32 ``[rows]``: the squared L2 distance between fresh and cached values of that layer, over all
+    heads.
+
+    Attributes:
+        rows: What is run.
+        layer: The last layer, 0-based.
+    """
+
+    rows: torch.Tensor
+    layer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionAttention:
+    """Run rows through all layers and watch where the question looks.
+
+    Sent back is float32 ``[prompt tokens]``: the attention probability that each token gets, mean over layers, heads
+    and question.
+
+    Attributes:
+        rows: What is run; the last of them are the question.
+        question: Rows whose attention is recorded.
+        layers: Layers that count.
+    """
+
+    rows: torch.Tensor
+    question: torch.Tensor
+    layers: range
+
+
+@dataclasses.dataclass(frozen=True)
+class Recompute:
+    """Run rows through all layers, the prompt's last row among them, and keep their KV.
+
+    Sent back is float32 ``[vocabulary]``: the logits after the last row; empty if the engine computes it itself.
+
+    Attributes:
+        rows: What is run.
+    """
+
+    rows: torch.Tensor
+
+
+Pass: TypeAlias = Deviations | QuestionAttention | Recompute
+
+Selection: TypeAlias = Generator[Pass, torch.Tensor, tuple[str, torch.Tensor]]
+"""Passes that end in a choice of positions, and the name of the policy that chose."""
