@@ -1,7 +1,7 @@
 """The passes over a prompt that a blend asks its engine for.
 
-A blend is a generator: it yields passes and is sent what they found. Whoever drives it may run one prompt, or the passes
-of several prompts as one.
+A blend is a generator: it yields passes and is sent what they found. Whoever drives it may run one prompt, or the
+passes of several prompts as one.
 
 Rows are int64 positions, ascending, on the CPU or on the engine's device, and so is what is sent back. A row sees keys
 0 .. its own position, cached or fresh.

@@ -206,7 +206,7 @@ def _attend(
             return
     else:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        if HAS_PREFIX:
+        if HAS_PREFIX:  # noqa: SIM102
             if tl.load(is_long + tile) != 0:
                 return
     kv_head = tl.program_id(1)

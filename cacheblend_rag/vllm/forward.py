@@ -5,13 +5,14 @@ neighbouring rows is one sequence over the same block table that ends at its las
 backend's causal attention exact for it. Hooks on the attention layers watch or stop a pass. Nothing is written per
 architecture.
 
-That is the simple path, right everywhere. On a GPU, passes over scattered rows and over the question go through
-``kernel_passes.py``, which gives the same in less time.
+That is the simple path, right everywhere. On a GPU, ``packing.py`` sends passes over scattered rows and over the
+question to ``kernel_passes.py``, which gives the same in less time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,21 @@ class _GpuMoment:
         return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """Rows of one prompt, on the device.
+
+    Attributes:
+        token_ids: int64 ``[prompt tokens]``.
+        rows: int64 ``[rows]``, ascending, at least one.
+        block_ids: int64 ``[blocks]``: the prompt's block table.
+    """
+
+    token_ids: torch.Tensor
+    rows: torch.Tensor
+    block_ids: torch.Tensor
+
+
 class PagedForward:
     """One prompt in the paged KV cache. See ``blending.BlendForward``.
 
@@ -64,6 +80,7 @@ class PagedForward:
         exact_tokens: Leading tokens whose KV is in place; their blocks are only read.
 
     Attributes:
+        block_ids: int64 ``[blocks]``: its block table, on the device.
         deviation_passes: Rows and layer of each call of :meth:`deviations`, which leave fresh KV behind.
     """
 
@@ -74,7 +91,7 @@ class PagedForward:
         self._model = model
         self._token_ids = upload(token_ids, model.kv.device)
         blocks = -(-len(token_ids) // model.kv.block_size)
-        self._block_ids = upload(torch.tensor(block_ids[:blocks], dtype=torch.int64), model.kv.device)
+        self.block_ids = upload(torch.tensor(block_ids[:blocks], dtype=torch.int64), model.kv.device)
 
     def now(self) -> Moment:
         """See :meth:`blending.BlendForward.now`."""
@@ -88,10 +105,7 @@ class PagedForward:
 
     def place(self, pieces: Sequence[tuple[ChunkKV, Segment]]) -> None:
         """Write the KV of runs of chunks at their positions, keys shifted there, this rank's heads of it."""
-        model = self._model
-        if model.kernel_passes is not None and model.kernel_passes.stream.place(pieces, self._block_ids):
-            return
-        device = model.kv.device
+        model, device = self._model, self._model.kv.device
         old = torch.cat([torch.arange(s.length, device=device) + (c.start + s.offset) for c, s in pieces])
         new = torch.cat([torch.arange(s.start, s.end, device=device) for _, s in pieces])
         shift = shift_table(model.rotary_table(old), model.rotary_table(new))
@@ -109,7 +123,7 @@ class PagedForward:
         if self._model.kernel_passes is not None:
             self._model.kernel_passes.stream.wait_for_all()
         first = start // self._model.kv.block_size
-        blocks = self._block_ids[first : -(-end // self._model.kv.block_size)]
+        blocks = self.block_ids[first : -(-end // self._model.kv.block_size)]
         wanted = slice(start - first * self._model.kv.block_size, end - first * self._model.kv.block_size)
         kv = self._model.kv
         return torch.stack(
@@ -123,10 +137,8 @@ class PagedForward:
         """See :meth:`blending.BlendForward.deviations`. Summed over ranks: all have to choose the same tokens."""
         self.deviation_passes.append((rows, layer))
         kernel_passes = self._model.kernel_passes
-        if kernel_passes is not None and (rows.is_cuda or len(_runs(rows)) > _FEW_RUNS):
-            parts = [
-                kernel_passes.deviations(self._token_ids, part, self._block_ids, layer) for part in self._slices(rows)
-            ]
+        if kernel_passes is not None and is_scattered(rows):
+            parts = [kernel_passes.deviations(part, layer) for part in self.slices(rows)]
             summed: torch.Tensor = self._model.tp.all_reduce(torch.cat(parts))
             return summed
         found: list[torch.Tensor] = []
@@ -139,7 +151,7 @@ class PagedForward:
                 key, value = (x.view(-1, kv.num_kv_heads, kv.head_dim) for x in args[1:3])
                 if kernel_passes is not None:
                     kernel_passes.stream.wait(layer)
-                cached = kv.values_at(layer, self._block_ids, part)
+                cached = kv.values_at(layer, self.block_ids, part)
                 found.append((value.float() - cached.float()).square().sum(dim=(1, 2)))
                 kv.write(layer, key, value, self._slots(part))
                 raise _Stop
@@ -152,14 +164,6 @@ class PagedForward:
     def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`. The mean is over all ranks' heads."""
         model, kv = self._model, self._model.kv
-        passes = model.kernel_passes
-        if passes is not None and len(rows) <= passes.most_watched and layers == passes.watched:
-            attention = passes.question_attention(
-                self._token_ids, upload(rows, kv.device), self._block_ids, int(question[0])
-            )
-            self._extend_exact(rows)
-            shared: torch.Tensor = model.tp.all_reduce(attention)
-            return shared.div_(model.tp.world_size * len(question))
         mass = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
         numbers = {id(model.layers[layer]): layer for layer in layers}
         for part in self._slices(rows):
@@ -169,7 +173,7 @@ class PagedForward:
                     self._run(part)
                 continue
             end = int(asked[-1]) + 1
-            blocks = self._block_ids[: -(-end // kv.block_size)]
+            blocks = self.block_ids[: -(-end // kv.block_size)]
 
             def look(
                 module: Any,
@@ -188,25 +192,24 @@ class PagedForward:
             watched = [model.layers[n] for n in layers]
             with self._in_place(self.num_layers), _hooked(watched, after=look), contextlib.suppress(_Stop):
                 self._run(part)
-        self._extend_exact(rows)
+        self.extend_exact(rows)
         total: torch.Tensor = model.tp.all_reduce(mass)
         return total.div_(model.tp.world_size * len(layers))
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         """See :meth:`blending.BlendForward.recompute`. The prompt's last token is left to vLLM's own step."""
-        rows, passes = rows[:-1], self._model.kernel_passes
-        scattered = rows.is_cuda or (len(rows) > 0 and len(_runs(rows)) > _FEW_RUNS)
-        for part in self._slices(rows):
-            if passes is not None and (scattered or len(part) <= passes.most_watched):
-                passes.recompute(self._token_ids, part, self._block_ids)
-            else:
-                with self._in_place(self.num_layers):
-                    self._run(part)
+        for part in self._slices(rows[:-1]):
+            with self._in_place(self.num_layers):
+                self._run(part)
         return torch.empty(0)
+
+    def slices(self, rows: torch.Tensor) -> list[PromptRows]:
+        """Rows as the kernels take them, as many at a time as a pass has room for."""
+        return [PromptRows(self._token_ids, part, self.block_ids) for part in self._slices(rows)]
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last layer, ``[rows, hidden_size]``."""
-        return run_rows(self._model, self._token_ids[rows], rows, rows, self._block_ids)
+        return run_rows(self._model, self._token_ids[rows], rows, rows, self.block_ids)
 
     def _slices(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         return iter(torch.split(upload(rows, self._model.kv.device), self._model.max_rows)) if len(rows) else iter(())
@@ -222,9 +225,9 @@ class PagedForward:
             yield
 
     def _slots(self, positions: torch.Tensor) -> torch.Tensor:
-        return slot_mapping(positions, self._block_ids, self._model.kv.block_size)
+        return slot_mapping(positions, self.block_ids, self._model.kv.block_size)
 
-    def _extend_exact(self, rows: torch.Tensor) -> None:
+    def extend_exact(self, rows: torch.Tensor) -> None:
         """Rows that follow the exact tokens without a gap have become exact."""
         following = rows[rows >= self.exact_tokens]
         in_order = following == torch.arange(self.exact_tokens, self.exact_tokens + len(following))
@@ -281,6 +284,11 @@ def run_rows(
             input_ids=token_ids, positions=positions.contiguous(), intermediate_tensors=None, inputs_embeds=None
         )
     return hidden
+
+
+def is_scattered(rows: torch.Tensor) -> bool:
+    """Whether rows had better go to the kernels: what is chosen on the GPU, where looking would stall it, is."""
+    return rows.is_cuda or len(_runs(rows)) > _FEW_RUNS
 
 
 def _runs(rows: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Passes of the model over scattered rows on a GPU: our own attention kernels, replayed as CUDA graphs.
 
 The model's own ``forward`` runs, as on the simple path, with one thing exchanged: while it does, its attention layers
-call :meth:`KernelPasses._attend`. Everything that differs between prompts (token ids, positions, slots, block table) is
-in buffers on the device, so that one graph serves all passes of as many rows: launching it takes a fraction of a
-millisecond, where the launches of 32 layers take longer than the GPU needs for them.
+call :meth:`KernelPasses._attend`. Rows of several prompts may share a pass. Everything that differs between passes
+(token ids, positions, slots, block tables) is in buffers on the device, so that one graph serves all passes of as many
+rows: launching it takes a fraction of a millisecond, where the launches of 32 layers take longer than the GPU needs for
+them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import contextlib
 import functools
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed.parallel_state import graph_capture
 from vllm.forward_context import set_forward_context
@@ -23,8 +25,10 @@ from vllm.forward_context import set_forward_context
 from cacheblend_rag.attention.paged import PagedRows, attend_rows, tile_rows
 from cacheblend_rag.attention.prefix import BUCKET, Buckets, attend_buckets
 from cacheblend_rag.attention.watching import watch_rows
+from cacheblend_rag.layout import upload
 from cacheblend_rag.policies.query_aware import watched_layers
 from cacheblend_rag.vllm.compat import fast_operators, flash_attention_3
+from cacheblend_rag.vllm.forward import PromptRows, is_scattered
 from cacheblend_rag.vllm.model import PagedModel
 from cacheblend_rag.vllm.streaming import LayerStream
 
@@ -34,6 +38,8 @@ logger = logging.getLogger(__name__)
 _MOST_CAPTURED = 8192
 # Rows of a question, its template, and perhaps a passage that was not warm.
 _MOST_WATCHED = 512
+# Prompts in one pass: what a step may blend together is seldom more.
+_MOST_PROMPTS = 16
 # Programs that keep an H100 busy in a pass of few rows.
 _PROGRAMS = 264
 # Rounding down may cost so much of what would be recomputed, no more; otherwise rows are repeated to fill the graph.
@@ -45,7 +51,7 @@ class _Stop(Exception):
 
 
 class KernelPasses:
-    """One a worker. Rows are int64, ascending, on the device.
+    """One a worker.
 
     Args:
         model: The worker's model, on a GPU, its KV at regular distances.
@@ -54,13 +60,15 @@ class KernelPasses:
 
     Attributes:
         stream: What brings chunk KV; passes wait for it layer by layer.
-        most_watched: Most rows of :meth:`question_attention`.
+        most_rows: Most rows of a pass, those of each prompt rounded up to :attr:`unit`.
+        most_watched: Most rows of :meth:`question_attention`, likewise.
         watched: Its layers.
     """
 
     def __init__(self, model: PagedModel, *, graphs: bool, gpu_bytes: int) -> None:
         self.stream = LayerStream(model, gpu_bytes)
-        self.most_watched = min(_MOST_WATCHED, model.max_rows)
+        self.most_rows = -(-model.max_rows // BUCKET) * BUCKET
+        self.most_watched = min(_MOST_WATCHED, self.most_rows)
         self.watched = watched_layers(len(model.layers))
         self._model = model
         kv, device = model.kv, model.kv.device
@@ -69,16 +77,16 @@ class KernelPasses:
         self._flash_attention = flash_attention_3(model.layers[0])
         self._views = [kv.views(layer) for layer in range(len(model.layers))]
         tokens = model.vllm_config.model_config.max_model_len
-        most = -(-max(model.max_rows, self.most_watched) // BUCKET) * BUCKET
+        most, prompts = self.most_rows, _MOST_PROMPTS
         self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._places = torch.zeros(most, dtype=torch.int32, device=device)
         self._slots = torch.zeros(most, dtype=torch.int64, device=device)
         self._tile_sequence = torch.zeros(most // self._tile, dtype=torch.int32, device=device)
-        self._block_table = torch.zeros(1, -(-tokens // kv.block_size), dtype=torch.int32, device=device)
+        self._block_table = torch.zeros(prompts, -(-tokens // kv.block_size), dtype=torch.int32, device=device)
         self._weights = torch.zeros(self.most_watched, dtype=torch.float32, device=device)
-        self._mass = torch.zeros(1, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
-        self._sizes = _sizes(min(_MOST_CAPTURED, model.max_rows), self._tile) if graphs else []
+        self._mass = torch.zeros(prompts, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
+        self._sizes = _sizes(min(_MOST_CAPTURED, self.most_rows), self._tile) if graphs else []
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         if graphs:
             self._capture_all()
@@ -90,62 +98,101 @@ class KernelPasses:
             return self._sizes[at - 1]
         return rows
 
-    def recompute(self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor) -> None:
-        """Run rows of a prompt through all layers, for the KV they leave."""
-        self._run(token_ids, rows, block_ids, watching=False)
+    def takes(self, rows: torch.Tensor) -> bool:
+        """Whether rows (on the CPU or the device) are recomputed here rather than on the simple path."""
+        return len(rows) > 0 and (len(rows) <= self.most_watched or is_scattered(rows))
 
-    def question_attention(
-        self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, question_start: int
-    ) -> torch.Tensor:
-        """Run rows through all layers; returns the attention that those from ``question_start`` on pay to each token.
+    def takes_question(self, rows: torch.Tensor, layers: range) -> bool:
+        """Whether :meth:`question_attention` is for these rows and layers."""
+        return 0 < len(rows) <= self.most_watched and layers == self.watched
 
-        float32 ``[prompt tokens]``: summed over their rows, mean over the layers ``watched`` and this rank's heads.
+    def packs(self, sizes: Sequence[int], most: int) -> list[slice]:
+        """Which prompts go into one pass: slices of those whose numbers of rows are given, in order.
+
+        Args:
+            sizes: Rows of each prompt; none if there is none.
+            most: ``most_rows`` or ``most_watched``; no prompt has more.
         """
-        self._weights.zero_()
-        self._weights[: len(rows)].copy_(rows >= question_start)
-        self._mass.zero_()
-        self._run(token_ids, rows, block_ids, watching=True)
-        mass = self._mass[0, :, : len(token_ids)].sum(dim=0)
-        return mass.div_(self._heads * len(self.watched))
+        found, first, total = [], 0, 0
+        for number, size in enumerate(sizes):
+            rows = _round_up(size, self._unit(most))
+            if number > first and (total + rows > most or number - first == _MOST_PROMPTS):
+                found.append(slice(first, number))
+                first, total = number, 0
+            total += rows
+        return [*found, slice(first, len(sizes))] if len(sizes) else []
 
-    def deviations(
-        self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, layer: int
-    ) -> torch.Tensor:
-        """Run rows up to the values of a layer, and keep their KV; see :meth:`blending.BlendForward.deviations`."""
-        size = self._fill(token_ids, rows, block_ids, _round_up(len(rows), self._tile))
+    def recompute(self, prompts: Sequence[PromptRows]) -> None:
+        """Run rows through all layers, for the KV they leave."""
+        self._run(prompts, watching=False)
+
+    def question_attention(self, prompts: Sequence[PromptRows], question_starts: Sequence[int]) -> list[torch.Tensor]:
+        """Run rows through all layers; returns the attention that those of the questions pay to each token.
+
+        For each prompt float32 ``[prompt tokens]``: summed over its rows from the start of its question on, mean over
+        the layers ``watched`` and this rank's heads.
+        """
+        self._mass[: len(prompts)].zero_()
+        self._weights.zero_()
+        first = 0
+        for prompt, start in zip(prompts, question_starts, strict=True):
+            count = len(prompt.rows)
+            self._weights[first : first + count].copy_(prompt.rows >= start)
+            first += _round_up(count, self._tile)
+        self._run(prompts, watching=True)
+        share = self._heads * len(self.watched)
+        return [self._mass[n, :, : len(p.token_ids)].sum(dim=0).div_(share) for n, p in enumerate(prompts)]
+
+    def deviations(self, prompt: PromptRows, layer: int) -> torch.Tensor:
+        """Run rows up to the values of a layer, and keep their KV; see :class:`cacheblend_rag.passes.Deviations`."""
+        count = len(prompt.rows)
+        size = self._fill([prompt], _round_up(count, self._unit(count)), self._tile)
         found: list[torch.Tensor] = []
 
         def measure(values: torch.Tensor) -> None:
-            cached = self._model.kv.values_at(layer, block_ids, self._positions[:size])
+            cached = self._model.kv.values_at(layer, prompt.block_ids, self._positions[:size])
             found.append((values.float() - cached.float()).square().sum(dim=(1, 2)))
 
         self._forward(size, stop=layer, before_stop=measure)
-        return found[0][: len(rows)]
+        return found[0][:count]
 
-    def _run(self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, *, watching: bool) -> None:
-        at = bisect.bisect_left(self._sizes, len(rows))
-        size = self._sizes[at] if at < len(self._sizes) else _round_up(len(rows), self._unit(len(rows)))
-        self._fill(token_ids, rows, block_ids, size)
+    def _run(self, prompts: Sequence[PromptRows], *, watching: bool) -> None:
+        rows = sum(_round_up(len(prompt.rows), self._tile) for prompt in prompts)
+        unit = self._unit(rows)
+        if unit != self._tile:
+            rows = sum(_round_up(len(prompt.rows), unit) for prompt in prompts)
+        at = bisect.bisect_left(self._sizes, rows)
+        size = self._sizes[at] if at < len(self._sizes) else rows
+        self._fill(prompts, size, unit)
         graph = self._graphs.get((size, watching))
         if graph is not None:
             graph.replay()
         else:
             self._forward(size, stop=len(self._model.layers) - 1, watching=watching)
 
-    def _fill(self, token_ids: torch.Tensor, rows: torch.Tensor, block_ids: torch.Tensor, size: int) -> int:
-        """Put a pass into the buffers. The last row is repeated: it then writes the same KV more than once."""
+    def _fill(self, prompts: Sequence[PromptRows], size: int, unit: int) -> int:
+        """Put a pass into the buffers, each prompt's rows up to a multiple of ``unit``, the last one's up to ``size``.
+
+        A prompt's last row is repeated for that: it then writes the same KV more than once.
+        """
         block_size = self._model.kv.block_size
-        if size > len(rows):
-            rows = torch.cat([rows, rows[-1:].expand(size - len(rows))])
-        self._token_ids[:size] = token_ids[rows]
+        counts = [_round_up(len(prompt.rows), unit) for prompt in prompts]
+        counts[-1] += size - sum(counts)
+        rows = torch.cat([_padded(prompt.rows, count) for prompt, count in zip(prompts, counts, strict=True)])
+        each = list(zip(prompts, torch.split(rows, counts), strict=True))
+        torch.cat([prompt.token_ids[of_prompt] for prompt, of_prompt in each], out=self._token_ids[:size])
+        blocks = torch.cat([prompt.block_ids[of_prompt // block_size] for prompt, of_prompt in each])
+        torch.add(rows % block_size, blocks, alpha=block_size, out=self._slots[:size])
         self._positions[:size] = rows
         self._places[:size] = rows
-        self._slots[:size] = block_ids[rows // block_size] * block_size + rows % block_size
-        self._block_table[0, : len(block_ids)] = block_ids
+        tiles = np.repeat(np.arange(len(prompts), dtype=np.int32), np.array(counts) // self._tile)
+        self._tile_sequence[: size // self._tile].copy_(upload(torch.from_numpy(tiles), rows.device))
+        for number, prompt in enumerate(prompts):
+            self._block_table[number, : len(prompt.block_ids)] = prompt.block_ids
         return size
 
     def _unit(self, rows: int) -> int:
-        """What the number of rows must be a multiple of."""
+        """What the rows of each prompt must be a multiple of, in a pass of so many rows."""
         return BUCKET if self._flash_attention is not None and rows > _MOST_WATCHED else self._tile
 
     def _forward(
@@ -163,7 +210,7 @@ class KernelPasses:
         model = self._model
         rows = PagedRows(self._places[:size], self._tile_sequence[: size // self._tile], self._block_table)
         buckets = None
-        if self._flash_attention is not None and size > _MOST_WATCHED and size % BUCKET == 0:
+        if self._flash_attention is not None and size > _MOST_WATCHED:
             buckets = Buckets.of(rows)
         attend = functools.partial(
             self._attend, rows=rows, buckets=buckets, stop=stop, watching=watching, before_stop=before_stop
@@ -228,13 +275,14 @@ class KernelPasses:
         The rows written meanwhile are in the null block, which nobody reads.
         """
         last = len(self._model.layers) - 1
-        nowhere = torch.zeros(1, dtype=torch.int64, device=self._positions.device)
+        zero = torch.zeros(1, dtype=torch.int64, device=self._positions.device)
+        nowhere = PromptRows(zero, zero, zero)
         pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(), graph_capture(device=self._positions.device) as context:
             for watching in (False, True):
                 sizes = [size for size in self._sizes if not watching or size <= self.most_watched]
                 for size in reversed(sizes):
-                    self._fill(nowhere, nowhere, nowhere, size)
+                    self._fill([nowhere], size, self._tile)
                     if size in (sizes[0], sizes[-1]) or not watching:  # compiles kernels, fills caches
                         self._forward(size, stop=last, watching=watching)
                     graph = torch.cuda.CUDAGraph()
@@ -281,6 +329,11 @@ def _sizes(most: int, tile: int) -> list[int]:
     for first, last, step in ((_MOST_WATCHED, 1024, BUCKET), (1024, 4096, 256), (4096, most, 512)):
         sizes += range(first + step, min(last, most) + 1, step)
     return [size for size in sizes if size <= most]
+
+
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows, the last one repeated."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows))]) if count > len(rows) else rows
 
 
 def _round_up(count: int, unit: int) -> int:

@@ -35,6 +35,7 @@ class PagedModel:
         kv: Their KV.
         tp: The tensor-parallel group.
         total_kv_heads: KV heads of the whole model.
+        cos_sin: The model's own rotation, ``[positions, rotary_dim]``, cosines first.
         max_rows: Most rows of one pass: what vLLM planned its memory for.
         native_operators: What :func:`compat.fast_operators` needs.
         kernel_passes: The fast way to run scattered rows, where there is one.
@@ -58,14 +59,14 @@ class PagedModel:
         spec = groups[0].kv_cache_spec
         self.kv = PagedKV(self.layers, spec.block_size, kv_cache_config.num_blocks)
         self.layer_names = [layer.layer_name for layer in self.layers]
-        self._cos_sin: torch.Tensor = _rotary(model).get_buffer("cos_sin_cache")
+        self.cos_sin: torch.Tensor = _rotary(model).get_buffer("cos_sin_cache")
         builder = self.layers[0].get_attn_backend().get_builder_cls()
         with set_current_vllm_config(vllm_config):
             self.metadata_builder = builder(spec, self.layer_names, vllm_config, self.kv.device)
 
     def rotary_table(self, positions: torch.Tensor) -> RotaryTable:
         """The model's own rotation at some positions (int64 ``[tokens]``)."""
-        cos, sin = self._cos_sin[positions].float().chunk(2, dim=-1)
+        cos, sin = self.cos_sin[positions].float().chunk(2, dim=-1)
         return RotaryTable(cos, sin)
 
     def local_heads(self) -> slice:

@@ -19,43 +19,31 @@ _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Runs of chunks on their way to the cache, as device tensors; one entry a run unless said otherwise.
+    """Runs of chunks on their way to the cache, as device tensors.
 
     Attributes:
-        addresses: int64: of the first key, first head of this rank, in layer 0, or in the first layer to place.
-        whole: int32: 1 where that is layer 0, 0 where it is the first layer to place.
-        layer_strides: int64: elements from a layer to the next.
-        value_strides: int64: elements from a key to its value.
-        item_run: int32 ``[items]``: the run that a work item of up to 8 tokens is of.
-        item_start: int32 ``[items]``: its first token in the run.
-        item_token: int32 ``[items]``: the same token, counted over all runs.
-        item_length: int32 ``[items]``: its tokens.
-        slots: int64 ``[tokens]``: where each token goes.
-        cos: float32 ``[tokens, rotary_dim / 2]``: the rotation from old to new positions.
-        sin: Likewise.
+        table: int64 ``[7, runs]``, one row each:
+            the address of the first key, first head of this rank, in layer 0 or in the first layer to place;
+            1 where that is layer 0, 0 where it is the first layer to place;
+            elements from a layer to the next;
+            elements from a key to its value;
+            the position that the first token was computed at;
+            the position where it goes;
+            the address of the block table (int64) of the prompt that it goes to.
+        items: int32 ``[3, items]``, work items of up to 8 tokens: the run, its first token in the run, its tokens.
     """
 
-    addresses: torch.Tensor
-    whole: torch.Tensor
-    layer_strides: torch.Tensor
-    value_strides: torch.Tensor
-    item_run: torch.Tensor
-    item_start: torch.Tensor
-    item_token: torch.Tensor
-    item_length: torch.Tensor
-    slots: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    table: torch.Tensor
+    items: torch.Tensor
 
 
 def work_items(lengths: list[int]) -> torch.Tensor:
-    """Cut runs into work items: int32 ``[4, items]``, what :class:`Runs` has of them."""
+    """Cut runs into work items; see :class:`Runs`."""
     starts = [np.arange(0, length, _TILE) for length in lengths]
     run = np.repeat(np.arange(len(lengths)), [len(start) for start in starts])
     start = np.concatenate(starts)
-    before = np.cumsum([0, *lengths[:-1]])
     size = np.minimum(np.asarray(lengths)[run] - start, _TILE)
-    return torch.from_numpy(np.stack([run, start, before[run] + start, size]).astype(np.int32))
+    return torch.from_numpy(np.stack([run, start, size]).astype(np.int32))
 
 
 def place_layers(
@@ -63,6 +51,7 @@ def place_layers(
     caches: torch.Tensor,
     first_layer: int,
     layers: int,
+    cos_sin: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     token_stride: int,
@@ -74,27 +63,27 @@ def place_layers(
         caches: int64 ``[all layers, 2]``: addresses of each layer's first key and first value in the cache.
         first_layer: First layer to place.
         layers: How many.
+        cos_sin: ``[positions, rotary_dim]``: the model's own rotation, cosines first; see ``rope.py``.
         keys: A layer's keys, ``[blocks, block_size, kv_heads, head_dim]``, for shape, strides and dtype: all layers'
             are alike.
         values: Likewise.
         token_stride: Elements from a token to the next in the source.
     """
     heads, head_dim = keys.shape[2:]
-    items = runs.item_run.shape[0]
+    half = cos_sin.shape[1] // 2
+    items = runs.items.shape[1]
     _place[(items, layers)](
-        runs.addresses, runs.whole, runs.layer_strides, runs.value_strides, runs.item_run, runs.item_start,
-        runs.item_token, runs.item_length, runs.slots, runs.cos, runs.sin, caches, first_layer, token_stride,
+        runs.table, runs.items, cos_sin, caches, runs.table.shape[1], items, first_layer, token_stride,
         *keys.stride()[:3], *values.stride()[:3],
         ELEMENT=_ELEMENTS[keys.dtype], PAGE=keys.shape[1], HEADS=heads, HEADS_PADDED=triton.next_power_of_2(heads),
-        HEAD_DIM=head_dim, HEAD_DIM_PADDED=triton.next_power_of_2(head_dim), HALF=runs.cos.shape[1],
-        HALF_PADDED=triton.next_power_of_2(runs.cos.shape[1]), TILE=_TILE, num_warps=8,
+        HEAD_DIM=head_dim, HEAD_DIM_PADDED=triton.next_power_of_2(head_dim), HALF=half,
+        HALF_PADDED=triton.next_power_of_2(half), TILE=_TILE, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
 def _place(
-    addresses, whole_chunks, layer_strides, value_strides, item_run, item_start, item_token, item_length, slots,
-    cos, sin, caches, first_layer, token_stride,
+    table, work, cos_sin, caches, runs, items, first_layer, token_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     ELEMENT: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, TILE: tl.constexpr,
@@ -106,17 +95,22 @@ def _place(
     dim = tl.arange(0, HEAD_DIM_PADDED)
     item = tl.program_id(0)
     layer = first_layer + tl.program_id(1)
-    run = tl.load(item_run + item)
-    inside = (token < tl.load(item_length + item)) & (head < HEADS)
+    run = tl.load(work + item)
+    token += tl.load(work + items + item)
+    inside = (offset // HEADS_PADDED < tl.load(work + 2 * items + item)) & (head < HEADS)
+    whole_chunk = tl.load(table + runs + run).to(tl.int32)
+    layer_stride, value_stride = tl.load(table + 2 * runs + run), tl.load(table + 3 * runs + run)
     source = (
-        tl.load(addresses + run).to(tl.pointer_type(ELEMENT))
-        + (tl.program_id(1) + first_layer * tl.load(whole_chunks + run)).to(tl.int64) * tl.load(layer_strides + run)
-        + (tl.load(item_start + item) + token).to(tl.int64) * token_stride
+        tl.load(table + run).to(tl.pointer_type(ELEMENT))
+        + (tl.program_id(1) + first_layer * whole_chunk).to(tl.int64) * layer_stride
+        + token.to(tl.int64) * token_stride
         + head * HEAD_DIM
     )
-    number = (tl.load(item_token + item) + token).to(tl.int64)
-    slot = tl.load(slots + number, mask=inside, other=0)
-    block, place = slot // PAGE, slot % PAGE
+    old = tl.load(table + 4 * runs + run) + token
+    new = tl.load(table + 5 * runs + run) + token
+    block_table = tl.load(table + 6 * runs + run).to(tl.pointer_type(tl.int64))
+    block = tl.load(block_table + new // PAGE, mask=inside, other=0)
+    place = new % PAGE
     key_to = (
         tl.load(caches + 2 * layer).to(tl.pointer_type(ELEMENT))
         + block * key_block_stride + place * key_slot_stride + head * key_head_stride
@@ -129,10 +123,16 @@ def _place(
     whole = inside[:, None] & (dim < HEAD_DIM)[None, :]
     first = tl.load(source[:, None] + half[None, :], mask=rotated, other=0.0)
     second = tl.load(source[:, None] + HALF + half[None, :], mask=rotated, other=0.0)
-    value = tl.load(source[:, None] + tl.load(value_strides + run) + dim[None, :], mask=whole, other=0.0)
-    angle = number[:, None] * HALF + half[None, :]
-    c = tl.load(cos + angle, mask=rotated, other=0.0)
-    s = tl.load(sin + angle, mask=rotated, other=0.0)
+    value = tl.load(source[:, None] + value_stride + dim[None, :], mask=whole, other=0.0)
+    old_angle = cos_sin + old[:, None] * (2 * HALF) + half[None, :]
+    new_angle = cos_sin + new[:, None] * (2 * HALF) + half[None, :]
+    old_cos = tl.load(old_angle, mask=rotated, other=1.0).to(tl.float32)
+    old_sin = tl.load(old_angle + HALF, mask=rotated, other=0.0).to(tl.float32)
+    new_cos = tl.load(new_angle, mask=rotated, other=1.0).to(tl.float32)
+    new_sin = tl.load(new_angle + HALF, mask=rotated, other=0.0).to(tl.float32)
+    norm = old_cos * old_cos + old_sin * old_sin  # of an attention factor: rope.shift_table
+    c = (new_cos * old_cos + new_sin * old_sin) / norm
+    s = (new_sin * old_cos - new_cos * old_sin) / norm
     x, y = first.to(tl.float32), second.to(tl.float32)
     tl.store(key_to[:, None] + half[None, :], (x * c - y * s).to(ELEMENT), mask=rotated)
     tl.store(key_to[:, None] + HALF + half[None, :], (y * c + x * s).to(ELEMENT), mask=rotated)

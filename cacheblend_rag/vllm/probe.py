@@ -16,7 +16,7 @@ import torch
 from cacheblend_rag.chunks import ChunkKV, ChunkScope, ModelFingerprint
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.matching import Segment
-from cacheblend_rag.vllm.forward import PagedForward, run_rows, slot_mapping
+from cacheblend_rag.vllm.forward import PagedForward, PromptRows, run_rows, slot_mapping
 from cacheblend_rag.vllm.model import PagedModel
 
 if TYPE_CHECKING:
@@ -107,8 +107,10 @@ def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[f
         for layer in range(len(model.layers)):
             kv.write(layer, wrong, wrong, slot_mapping(places, block_ids, kv.block_size))
         passes.stream.pinned.pin(chunk)  # here, or it would take so long that nothing is left to wait for
-        forward.place([(chunk, Segment(0, tokens, chunk.key, 0))])
-        passes.recompute(token_ids, some, block_ids)
+        pieces = [(chunk, Segment(0, tokens, chunk.key, 0))]
+        if not passes.stream.place([(pieces, forward.block_ids)]):
+            raise RuntimeError("the staging buffer is too small")
+        passes.recompute([PromptRows(token_ids, some, block_ids)])
         miss = _relative(forward.read(0, tokens)[:, :, 1::3], whole[:, :, 1::3])
         errors[f"a pass over {len(some)} of {tokens} tokens changes what it computes"] = (miss, _THROUGH_LAYERS)
     return errors

@@ -12,13 +12,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.layout import upload
 from cacheblend_rag.matching import Segment
-from cacheblend_rag.rope import shift_table
 from cacheblend_rag.vllm.model import PagedModel
 from cacheblend_rag.vllm.pinning import PinnedChunks
 from cacheblend_rag.vllm.placing import Runs, place_layers, work_items
@@ -99,38 +97,34 @@ class LayerStream:
         torch.cuda.current_stream().wait_stream(self._stream)
         self._passes_done.record()
 
-    def place(self, pieces: Sequence[tuple[ChunkKV, Segment]], block_ids: torch.Tensor) -> bool:
+    def place(self, prompts: Sequence[tuple[Sequence[tuple[ChunkKV, Segment]], torch.Tensor]]) -> bool:
         """Begin to put runs of chunks at their positions; see :meth:`wait`.
 
         Args:
-            pieces: Chunks, and where runs of them go.
-            block_ids: int64 ``[blocks]``, the prompt's block table.
+            prompts: Chunks and where runs of them go in a prompt, with its block table, int64 ``[blocks]``.
 
         Returns:
             False: nothing was done, the staging buffer does not hold a layer of all that.
         """
-        resident = [self._resident.get(chunk.key) for chunk, _ in pieces]
-        per_layer = [
-            chunk.kv[0].numel() if copy is None else 0 for (chunk, _), copy in zip(pieces, resident, strict=True)
-        ]
-        staged = sum(per_layer)
-        layers = min(_LAYERS, self._staging.numel() // staged) if staged else len(self._in_place)
+        pieces = [(chunk, segment, block_ids) for of_prompt, block_ids in prompts for chunk, segment in of_prompt]
+        resident = [self._resident.get(chunk.key) for chunk, _, _ in pieces]
+        # A chunk that several runs are of is staged once.
+        staged = {c.key: c for (c, _, _), copy in zip(pieces, resident, strict=True) if copy is None}
+        sizes = [chunk.kv[0].numel() for chunk in staged.values()]
+        layers = min(_LAYERS, self._staging.numel() // sum(sizes)) if staged else len(self._in_place)
         if not layers:
             return False
         self._in_use = [(done, held) for done, held in self._in_use if not done.query()]
-        regions = [layers * start for start in itertools.accumulate(per_layer[:-1], initial=0)]
+        starts = itertools.accumulate((layers * size for size in sizes[:-1]), initial=0)
+        regions = dict(zip(staged, starts, strict=False))
         staging = self._staging.data_ptr()
         addresses = [
-            staging + region * self._staging.itemsize if copy is None else copy.data_ptr()
-            for region, copy in zip(regions, resident, strict=True)
+            staging + regions[chunk.key] * self._staging.itemsize if copy is None else copy.data_ptr()
+            for (chunk, _, _), copy in zip(pieces, resident, strict=True)
         ]
-        runs = self._describe(pieces, addresses, [copy is not None for copy in resident], block_ids)
-        to_stage = [
-            (self._pinned(chunk), region)
-            for (chunk, _), region, copy in zip(pieces, regions, resident, strict=True)
-            if copy is None
-        ]
-        # A graph that is still to run must not meet the events of the next prompt: those come after that graph.
+        runs = self._describe(pieces, addresses, [copy is not None for copy in resident])
+        to_stage = [(self._pinned(chunk), regions[key]) for key, chunk in staged.items()]
+        # A graph that is still to run must not meet the events of the next prompts: those come after that graph.
         self._passes_done.synchronize()
         # The tables are made on the current stream, where what the blocks held before is perhaps still being read.
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -140,10 +134,13 @@ class LayerStream:
                 for kv, region in to_stage:
                     source = kv[first:last].reshape(-1)
                     self._staging[region : region + len(source)].copy_(source, non_blocking=True)
-                place_layers(runs, self._caches, first, last - first, self._keys, self._values, self._token_stride)
+                place_layers(
+                    runs, self._caches, first, last - first, self._model.cos_sin, self._keys, self._values,
+                    self._token_stride,
+                )  # fmt: skip
                 for layer in range(first, last):
                     self._in_place[layer].record()
-            self._resident.add([chunk for chunk, _ in pieces])
+            self._resident.add([chunk for chunk, _, _ in pieces])
             done = _event()
             done.record()
         self._in_use.append((done, (pieces, runs, resident)))
@@ -155,43 +152,27 @@ class LayerStream:
 
     def _describe(
         self,
-        pieces: Sequence[tuple[ChunkKV, Segment]],
+        pieces: Sequence[tuple[ChunkKV, Segment, torch.Tensor]],
         addresses: Sequence[int],
         whole: Sequence[bool],
-        block_ids: torch.Tensor,
     ) -> Runs:
         """Tables for the kernel; ``addresses`` are those of the chunks' first elements."""
-        model, kv = self._model, self._model.kv
-        old = np.concatenate([np.arange(s.length) + (c.start + s.offset) for c, s in pieces])
-        new = np.concatenate([np.arange(s.start, s.end) for _, s in pieces])
-        positions = upload(torch.from_numpy(np.stack([old, new])), kv.device)
-        shift = shift_table(model.rotary_table(positions[0]), model.rotary_table(positions[1]))
-        slots = block_ids[positions[1] // kv.block_size] * kv.block_size + positions[1] % kv.block_size
-        first_head = model.local_heads().start * kv.head_dim
+        kv = self._model.kv
+        first_head = self._model.local_heads().start * kv.head_dim
         of_runs = [
-            [
-                at + (s.offset * self._token_stride + first_head) * kv.dtype.itemsize
-                for (_, s), at in zip(pieces, addresses, strict=True)
-            ],
-            [c.kv.stride(0) for c, _ in pieces],
-            [c.kv.stride(1) for c, _ in pieces],
-            whole,
+            (
+                address + (s.offset * self._token_stride + first_head) * kv.dtype.itemsize,
+                is_whole,
+                c.kv.stride(0),
+                c.kv.stride(1),
+                c.start + s.offset,
+                s.start,
+                block_ids.data_ptr(),
+            )
+            for (c, s, block_ids), address, is_whole in zip(pieces, addresses, whole, strict=True)
         ]
-        first_keys, layer_strides, value_strides, is_whole = upload(torch.tensor(of_runs), kv.device)
-        run, start, token, length = upload(work_items([s.length for _, s in pieces]), kv.device)
-        return Runs(
-            first_keys,
-            is_whole.int(),
-            layer_strides,
-            value_strides,
-            run,
-            start,
-            token,
-            length,
-            slots,
-            shift.cos,
-            shift.sin,
-        )
+        table = torch.tensor(of_runs).T.contiguous()
+        return Runs(upload(table, kv.device), upload(work_items([s.length for _, s, _ in pieces]), kv.device))
 
 
 def _event(**options: bool) -> Any:

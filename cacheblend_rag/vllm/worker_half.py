@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacheblend_rag.blending import BlendResult, blend
+from cacheblend_rag.blending import BlendResult, blend_passes
 from cacheblend_rag.chunks import ChunkKV, ChunkScope
 from cacheblend_rag.decision import decide
 from cacheblend_rag.layout import PromptLayout
@@ -26,6 +26,7 @@ from cacheblend_rag.store import ChunkStore
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
 from cacheblend_rag.vllm.model import PagedModel
+from cacheblend_rag.vllm.packing import run_blends
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,27 @@ def _digest(job: BlendJob) -> str:
     return hashlib.blake2b(job.token_ids.tobytes(), digest_size=16).hexdigest()
 
 
+@dataclasses.dataclass
+class _Blend:
+    """A prompt whose chunks have been read.
+
+    Attributes:
+        job: What is to be done.
+        stats: What is known so far of how it is read.
+        forward: The prompt inside the engine.
+        layout: Where the KV of its positions comes from.
+        pieces: The chunks of its segments.
+        is_planned: Whether the layout is the one that was planned: no chunk was lost.
+    """
+
+    job: BlendJob
+    stats: BlendStats
+    forward: PagedForward
+    layout: PromptLayout
+    pieces: list[tuple[ChunkKV, Segment]]
+    is_planned: bool
+
+
 class WorkerHalf:
     """Not safe for several threads: vLLM calls its connectors from one.
 
@@ -117,12 +139,21 @@ class WorkerHalf:
         Returns:
             True: every block is filled, or among the failed ones.
         """
+        blends = []
+        started = time.perf_counter()
         for job in jobs.blends:
             try:
-                self._report(job, *self._blend(job, jobs.scope))
-            except Exception:
-                self._log_fault("blending failed, the prompt is prefilled plainly")
-                self._prefill(job)
+                blends.append(self._read_chunks(job, jobs.scope))
+            except Exception as error:
+                self._fall_back(job, error)
+        try:
+            self._place(blends)
+            for blend in blends:
+                blend.stats.load = time.perf_counter() - started
+            self._blend(blends)
+        except Exception as error:
+            for blend in blends:
+                self._fall_back(blend.job, error)
         return self.prefill(jobs.prefills)
 
     @torch.inference_mode()
@@ -139,7 +170,7 @@ class WorkerHalf:
             try:
                 report: dict[str, Any] = {"bytes": self._save(job, jobs.scope)}
             except Exception as error:
-                self._log_fault("a chunk could not be stored")
+                self._log_fault("a chunk could not be stored", error)
                 report = {"error": str(error) or repr(error)}
             if self._model.is_first_rank:  # it alone writes chunks
                 self._reports[job.request_id] = functools.partial(dict, report)
@@ -158,11 +189,15 @@ class WorkerHalf:
         if self._model.is_first_rank:  # all do alike
             self._reports[job.request_id] = report
 
-    def _log_fault(self, what: str) -> None:
-        """Log the exception at hand, the first time; the metrics count them all."""
-        log = logger.debug if what in self._logged else logger.exception
+    def _fall_back(self, job: BlendJob, error: Exception) -> None:
+        self._log_fault("blending failed, the prompt is prefilled plainly", error)
+        self._prefill(job)
+
+    def _log_fault(self, what: str, error: Exception) -> None:
+        """Log an exception, the first time; the metrics count them all."""
+        log = logger.debug if what in self._logged else logger.error
         self._logged.add(what)
-        log(what, exc_info=True)
+        log(what, exc_info=error)
 
     def close(self) -> None:
         """Close the store, and let go of what is on the GPU."""
@@ -176,36 +211,74 @@ class WorkerHalf:
             if self._model.kernel_passes is not None and (chunk := self._store.get(key)) is not None:
                 self._model.kernel_passes.stream.pinned.pin(chunk)
 
-    def _blend(self, job: BlendJob, scope: ChunkScope) -> tuple[BlendStats, BlendResult]:
+    def _read_chunks(self, job: BlendJob, scope: ChunkScope) -> _Blend:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
-        started = time.perf_counter()
         primer_ids = np.asarray(scope.primer_ids, np.int32)
         layout = PromptLayout.after_hit(job.token_ids, job.segments, primer_ids, job.hit)
-        forward = self._forward(job)
         unreadable: set[str] = set()
-        while lost := self._load(forward, layout):
+        while True:
+            segments = layout.prefix_segments + layout.segments
+            pieces = [(self._read(segment.key), segment) for segment in segments]
+            lost = self._model.agree([chunk is None for chunk, _ in pieces])
+            if not any(lost):
+                break
             # As if these chunks were not warm: others may cover their tokens.
-            unreadable |= lost
-            segments = self._rematch(job, scope, unreadable)
-            layout = PromptLayout.after_hit(job.token_ids, segments, primer_ids, job.hit)
+            unreadable |= {segment.key for segment, gone in zip(segments, lost, strict=True) if gone}
+            layout = PromptLayout.after_hit(job.token_ids, self._rematch(job, scope, unreadable), primer_ids, job.hit)
             stats.decision, stats.reason = decide(layout, job.config)
             if stats.decision != "blend":
                 layout = PromptLayout.build(len(job.token_ids), prefix=job.hit)
-        stats.load = time.perf_counter() - started
-        chosen = None if unreadable else self._choices.repeat(job, layout.matched, forward)
-        result = blend(forward, layout, job.config, chosen)
+        stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)
+        stats.missed_tokens = len(layout.missed)
+        stats.segments = len(segments)
+        stats.faults = len(unreadable)
+        read = [(chunk, segment) for chunk, segment in pieces if chunk is not None]
+        return _Blend(job, stats, self._forward(job), layout, read, not unreadable)
+
+    def _place(self, blends: Sequence[_Blend]) -> None:
+        """Put cached KV in place.
+
+        Raises:
+            RuntimeError: on some rank it could not be: for want of memory, perhaps. None goes on alone.
+        """
+        failed = False
+        try:
+            passes = self._model.kernel_passes
+            prompts = [(blend.pieces, blend.forward.block_ids) for blend in blends if blend.pieces]
+            if prompts and (passes is None or not passes.stream.place(prompts)):
+                for blend in blends:
+                    if blend.pieces:
+                        blend.forward.place(blend.pieces)
+        except Exception as error:
+            self._log_fault("cached KV could not be put in place", error)
+            failed = True
+        if any(self._model.agree([failed])):
+            raise RuntimeError("cached KV could not be put in place")
+
+    def _blend(self, blends: Sequence[_Blend]) -> None:
+        chosen = [
+            self._choices.repeat(blend.job, blend.layout.matched, blend.forward) if blend.is_planned else None
+            for blend in blends
+        ]
+        ends = run_blends(
+            self._model,
+            [
+                (blend.forward, blend_passes(blend.forward, blend.layout, blend.job.config, known))
+                for blend, known in zip(blends, chosen, strict=True)
+            ],
+        )
         if self._model.kernel_passes is not None:  # nothing that comes after asks layer by layer
             self._model.kernel_passes.stream.wait_for_all()
-        if chosen is None and not unreadable:
-            self._choices.add(job, layout.matched, result.recomputed, forward)
-        stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)
-        stats.recomputed_tokens = len(result.recomputed)
-        stats.reused_tokens = len(layout.matched) - len(result.recomputed)
-        stats.missed_tokens = len(layout.missed)
-        stats.segments = len(layout.segments) + len(layout.prefix_segments)
-        stats.policy = result.policy
-        stats.faults = len(unreadable)
-        return stats, result
+        for blend, known, end in zip(blends, chosen, ends, strict=True):
+            if isinstance(end, Exception):
+                self._fall_back(blend.job, end)
+                continue
+            if known is None and blend.is_planned:
+                self._choices.add(blend.job, blend.layout.matched, end.recomputed, blend.forward)
+            blend.stats.recomputed_tokens = len(end.recomputed)
+            blend.stats.reused_tokens = len(blend.layout.matched) - len(end.recomputed)
+            blend.stats.policy = end.policy
+            self._report(blend.job, blend.stats, end)
 
     def _prefill(self, job: BlendJob) -> None:
         stats = BlendStats(len(job.token_ids), prefix_tokens=job.hit, missed_tokens=len(job.token_ids) - job.hit)
@@ -213,8 +286,8 @@ class WorkerHalf:
         started = time.perf_counter()
         try:
             self._forward(job).recompute(torch.arange(job.hit, len(job.token_ids)))
-        except Exception:
-            self._log_fault("prefilling failed too, the prompt is left to vLLM")
+        except Exception as error:
+            self._log_fault("prefilling failed too, the prompt is left to vLLM", error)
             self.failed_blocks.update(job.block_ids[job.hit // self._model.kv.block_size :])
         stats.recompute = time.perf_counter() - started
         self._report(job, stats)
@@ -222,29 +295,11 @@ class WorkerHalf:
     def _forward(self, job: BlendJob) -> PagedForward:
         return PagedForward(self._model, torch.from_numpy(job.token_ids.astype(np.int64)), job.block_ids, job.hit)
 
-    def _load(self, forward: PagedForward, layout: PromptLayout) -> set[str]:
-        """Put cached KV in place; returns the keys of chunks that can't be read, and then nothing was put in place."""
-        segments = layout.prefix_segments + layout.segments
-        pieces = [(self._read(segment.key), segment) for segment in segments]
-        lost = self._model.agree([chunk is None for chunk, _ in pieces])
-        if any(lost):
-            return {segment.key for segment, gone in zip(segments, lost, strict=True) if gone}
-        failed = False
-        try:
-            if pieces:
-                forward.place([(chunk, segment) for chunk, segment in pieces if chunk is not None])
-        except Exception:  # on one rank, perhaps, for want of memory: the others must not go on alone
-            self._log_fault("cached KV could not be put in place")
-            failed = True
-        if any(self._model.agree([failed])):
-            raise RuntimeError("cached KV could not be put in place")
-        return set()
-
     def _read(self, key: str) -> ChunkKV | None:
         try:
             chunk = self._store.get(key)
-        except Exception:  # on one rank, perhaps: all have to go on to where they agree
-            self._log_fault("a chunk can't be read")
+        except Exception as error:  # on one rank, perhaps: all have to go on to where they agree
+            self._log_fault("a chunk can't be read", error)
             return None
         if chunk is not None and not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
@@ -268,8 +323,8 @@ class WorkerHalf:
                 self._library = self._library or ChunkLibrary(self._store, scope)
                 found = self._library.match(job.token_ids, unreadable)
                 matched = [segment.since(job.salted_from) for segment in found if segment.end > job.salted_from]
-            except Exception:  # the others wait for an answer
-                self._log_fault("the store can't be searched")
+            except Exception as error:  # the others wait for an answer
+                self._log_fault("the store can't be searched", error)
         segments: list[Segment] = self._model.tp.broadcast_object(matched)
         return segments
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from cacheblend_rag.rope import RotaryTable, rotate_keys
+from cacheblend_rag.rope import RotaryTable, rotate_keys, shift_table
 
 pytest.importorskip("triton")
 
@@ -17,6 +15,8 @@ from .test_paged import interpreted
 
 LAYERS, PAGE, OFFSET = 3, 16, 2
 LENGTHS = [11, 8, 3]
+OLD, NEW = [5, 0, 40], [30, 3, 8]  # positions where runs begin; the last one goes to a prompt of its own
+UNTOUCHED = 77.0
 
 
 def place_and_check(heads: int, local: int, head_dim: int, half: int, dtype: torch.dtype, device: str) -> None:
@@ -27,40 +27,56 @@ def place_and_check(heads: int, local: int, head_dim: int, half: int, dtype: tor
         return torch.randn(*shape, generator=generator)
 
     chunks = [random(LAYERS, 2, n + 5, heads, head_dim).to(device, dtype) for n in LENGTHS]
-    tokens = sum(LENGTHS)
-    caches = [torch.zeros(20, PAGE, local, 2 * head_dim, dtype=dtype, device=device) for _ in range(LAYERS)]
+    caches = [torch.full((20, PAGE, local, 2 * head_dim), UNTOUCHED, dtype=dtype, device=device) for _ in range(LAYERS)]
     views = [cache.split(head_dim, dim=-1) for cache in caches]
-    slots = torch.randperm(20 * PAGE, generator=generator)[:tokens].to(device)
-    cos, sin = random(2, tokens, half).to(device)
+    cos_sin = random(64, 2 * half).to(device, dtype)
+    tables = torch.randperm(20, generator=generator)[:6].view(2, 3).to(device)
+    table_of = [tables[0], tables[0], tables[1]]
     first = heads - local
     runs = Runs(
-        torch.tensor([chunk[0, 0, OFFSET, first].data_ptr() for chunk in chunks], device=device),
-        torch.tensor([1, 1, 0], dtype=torch.int32, device=device),
-        torch.tensor([chunk.stride(0) for chunk in chunks], device=device),
-        torch.tensor([chunk.stride(1) for chunk in chunks], device=device),
-        *work_items(LENGTHS).to(device),
-        slots,
-        cos,
-        sin,
+        torch.tensor(
+            [
+                [chunk[0, 0, OFFSET, first].data_ptr() for chunk in chunks],
+                [1, 1, 0],
+                [chunk.stride(0) for chunk in chunks],
+                [chunk.stride(1) for chunk in chunks],
+                OLD,
+                NEW,
+                [table.data_ptr() for table in table_of],
+            ],
+            device=device,
+        ),
+        work_items(LENGTHS).to(device),
     )
     addresses = torch.tensor([[keys.data_ptr(), values.data_ptr()] for keys, values in views], device=device)
-    place_layers(runs, addresses, 0, 2, *views[0], heads * head_dim)
+    place_layers(runs, addresses, 0, 2, cos_sin, *views[0], heads * head_dim)
     # The last one is not there as a whole: what is placed next begins at its address.
-    shift = torch.tensor([0, 0, 2], device=device) * runs.layer_strides * dtype.itemsize
-    place_layers(
-        dataclasses.replace(runs, addresses=runs.addresses + shift), addresses, 2, 1, *views[0], heads * head_dim
+    runs.table[0, 2] += 2 * chunks[2].stride(0) * dtype.itemsize
+    place_layers(runs, addresses, 2, 1, cos_sin, *views[0], heads * head_dim)
+    old, new = (
+        torch.cat([torch.arange(n) + start for n, start in zip(LENGTHS, starts, strict=True)]).to(device)
+        for starts in (OLD, NEW)
     )
+    blocks = torch.cat(
+        [
+            table[(torch.arange(n, device=device) + start) // PAGE]
+            for n, start, table in zip(LENGTHS, NEW, table_of, strict=True)
+        ]
+    )
+    rotation = [RotaryTable(*cos_sin[at].float().chunk(2, dim=-1)) for at in (old, new)]
+    shift = shift_table(*rotation)
     sources = [
         torch.cat([chunk[:, i, OFFSET : OFFSET + n, first:] for chunk, n in zip(chunks, LENGTHS, strict=True)], dim=1)
         for i in (0, 1)
     ]
     for layer, (keys, values) in enumerate(views):
         expected = torch.empty_like(sources[0][layer])
-        rotate_keys(sources[0][layer], RotaryTable(cos, sin), out=expected)
-        at = slots // PAGE, slots % PAGE
+        rotate_keys(sources[0][layer], shift, out=expected)
+        at = blocks, new % PAGE
         torch.testing.assert_close(keys[at], expected)
         assert torch.equal(values[at], sources[1][layer])
-        assert int((caches[layer] != 0).sum()) == 2 * expected.numel()  # and nothing anywhere else
+        caches[layer][at] = UNTOUCHED
+        assert bool((caches[layer] == UNTOUCHED).all())
 
 
 @interpreted
@@ -73,8 +89,7 @@ def test_runs_are_rotated_and_scattered(heads: int, local: int, head_dim: int, h
 
 
 def test_work_items_cover_every_token_once() -> None:
-    run, start, token, length = work_items([17, 1, 8])
+    run, start, length = work_items([17, 1, 8])
     assert run.tolist() == [0, 0, 0, 1, 2]
     assert start.tolist() == [0, 8, 16, 0, 0]
-    assert token.tolist() == [0, 8, 16, 17, 18]
     assert length.tolist() == [8, 8, 1, 1, 8]

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from cacheblend_rag import Generation, PolicyError, StoreError, policies
-from cacheblend_rag.passes import Selection
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import transformers_reader
 from cacheblend_rag.engines.model_files import tokenize_chunk
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.engines.transformers_forward import PromptForward
 from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import open_store
 
 from .conftest import open_engine, random_text

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cacheblend_rag import policies
-from cacheblend_rag.passes import Selection
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import MemoryStore
 
 from .conftest import Case

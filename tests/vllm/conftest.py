@@ -26,11 +26,11 @@ os.environ.update(
 pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
 
 from cacheblend_rag import BlendConfig, Generation, policies
-from cacheblend_rag.passes import Selection
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.matching import Segment
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import MemoryStore
 from cacheblend_rag.vllm.forward import PagedForward, run_rows
 
@@ -239,7 +239,7 @@ def run_moved(engine: VllmEngine, ids: list[int], shift: int) -> tuple[torch.Ten
     forward = PagedForward(model, torch.tensor(ids), blocks.tolist(), 0)
     hidden = []
     for places in torch.arange(len(ids), device=model.kv.device).split(model.max_rows):
-        hidden.append(run_rows(model, forward._token_ids[places], places, places + shift, forward._block_ids))
+        hidden.append(run_rows(model, forward._token_ids[places], places, places + shift, forward.block_ids))
     return torch.cat(hidden), forward.read(0, len(ids))
 
 

@@ -216,7 +216,7 @@ def test_a_fault_half_way_through_planning_blends_nothing(
     assert after.token_ids == plain.token_ids
 
 
-@pytest.mark.parametrize("hook", ["run_blends", "_blend", "_load"])
+@pytest.mark.parametrize("hook", ["run_blends", "_blend", "_place", "_read_chunks"])
 def test_a_fault_in_the_worker_before_the_blend(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = case.prompt(3)
     plain, blended = without(case, prompt, mode="off"), without(case, prompt)

@@ -260,7 +260,7 @@ def test_a_blend_that_fails_is_prefilled(small: Case, monkeypatch: pytest.Monkey
     allowed = noise(small, ids, plain)
     forget_prefixes(small.engine)
     with monkeypatch.context() as patch:
-        patch.setattr("cacheblend_rag.vllm.worker_half.blend", explode)
+        patch.setattr("cacheblend_rag.vllm.worker_half.run_blends", explode)
         fallen_back = first_logits(small, ids)
     assert float((fallen_back - plain).abs().max()) <= allowed
     answers = list(ThreadPoolExecutor(4).map(lambda n: small.engine.generate(small.prompt(n)), range(41, 45)))

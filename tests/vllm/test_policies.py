@@ -11,6 +11,7 @@ import torch
 
 from cacheblend_rag import policies
 from cacheblend_rag.engines.transformers import TransformersEngine
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import open_store
 
 from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes
