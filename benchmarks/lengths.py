@@ -26,7 +26,17 @@ from typing import Any
 
 import numpy as np
 from common import write_json
-from shapes import add_options, parse_options, prepare_model, print_table, random_chunk, say, settings_of, title
+from shapes import (
+    add_options,
+    make_up_weights,
+    parse_options,
+    prepare_model,
+    print_table,
+    random_chunk,
+    say,
+    settings_of,
+    title,
+)
 
 from cacheblend_rag import Engine, load_engine
 from cacheblend_rag.store import open_store
@@ -151,6 +161,8 @@ def run(options: argparse.Namespace) -> None:
         ) as engine:
             from transformers import AutoTokenizer
 
+            if not options.model:
+                engine._thread.engine.collective_rpc(make_up_weights)
             tokenizer = AutoTokenizer.from_pretrained(model)
             results["settings"]["dtype"] = engine.scope.fingerprint.dtype
             results["settings"]["primer_tokens"] = len(engine.scope.primer_ids)

@@ -1,7 +1,7 @@
 """What benchmarks of speed share: models of a shape without their weights, random chunks, options, printed tables.
 
-How long a prompt takes does not depend on what the weights are, so vLLM makes some up. The vocabulary is that of bytes:
-a letter is a token, and random text has as many tokens as letters.
+How long a prompt takes hardly depends on what the weights are, so some are made up. The vocabulary is that of bytes: a
+letter is a token, and random text has as many tokens as letters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 EOS = 256
 PRIMER_LETTERS = 256  # as many tokens as the default primer has with a real vocabulary, about
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # sends ``make_up_weights`` to workers
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz      ,."))
 
 
@@ -118,6 +120,22 @@ def prepare_model(options: argparse.Namespace, directory: Path) -> tuple[str, di
     config = AutoConfig.for_model("llama", bos_token_id=None, eos_token_id=EOS, **shape)
     config.save_pretrained(directory)
     return str(directory), {"load_format": "dummy", **arguments}, DEFAULT_PRIMER[:PRIMER_LETTERS]
+
+
+def make_up_weights(worker: Any) -> None:
+    """Make up weights in a worker, of a size with which attention picks and chooses.
+
+    Those that vLLM makes up are so small that all tokens look alike, and the first ones would be recomputed.
+    """
+    import torch
+
+    with torch.inference_mode():
+        generator = torch.Generator(worker.device).manual_seed(0)
+        for name, parameter in worker.get_model().named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def random_chunk(tokenizer: Any, tokens: int, rng: np.random.Generator) -> Chunk:

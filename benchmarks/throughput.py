@@ -34,7 +34,17 @@ from typing import Any
 
 import numpy as np
 from common import write_json
-from shapes import add_options, parse_options, prepare_model, print_table, random_chunk, say, settings_of, title
+from shapes import (
+    add_options,
+    make_up_weights,
+    parse_options,
+    prepare_model,
+    print_table,
+    random_chunk,
+    say,
+    settings_of,
+    title,
+)
 
 SYSTEMS = ("plain", "prefix", "cacheblend")
 MEMORY_BYTES = 34 << 30
@@ -257,6 +267,8 @@ async def measure(
         arguments["kv_transfer_config"] = {**CONNECTOR_CONFIG, "kv_connector_extra_config": store}
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments))
     try:
+        if not options.model:
+            await engine.collective_rpc(make_up_weights)
         client = Client(engine, options.output_tokens)
         tell.send(("dtype", str(engine.vllm_config.model_config.dtype).removeprefix("torch.")))
         started = time.perf_counter()

@@ -30,6 +30,7 @@ from cacheblend_rag.policies.query_aware import watched_layers
 from cacheblend_rag.vllm.compat import fast_operators, flash_attention_3
 from cacheblend_rag.vllm.forward import PromptRows, is_scattered
 from cacheblend_rag.vllm.model import PagedModel
+from cacheblend_rag.vllm.packing import MOST_PROMPTS
 from cacheblend_rag.vllm.streaming import LayerStream
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 _MOST_CAPTURED = 8192
 # Rows of a question, its template, and perhaps a passage that was not warm.
 _MOST_WATCHED = 512
-# Prompts in one pass: what a step may blend together is seldom more.
-_MOST_PROMPTS = 16
 # Programs that keep an H100 busy in a pass of few rows.
 _PROGRAMS = 264
 # Rounding down may cost so much of what would be recomputed, no more; otherwise rows are repeated to fill the graph.
@@ -60,7 +59,7 @@ class KernelPasses:
 
     Attributes:
         stream: What brings chunk KV; passes wait for it layer by layer.
-        most_rows: Most rows of a pass, those of each prompt rounded up to :attr:`unit`.
+        most_rows: Most rows of a pass, those of each prompt rounded up to :meth:`unit`.
         most_watched: Most rows of :meth:`question_attention`, likewise.
         watched: Its layers.
     """
@@ -77,7 +76,7 @@ class KernelPasses:
         self._flash_attention = flash_attention_3(model.layers[0])
         self._views = [kv.views(layer) for layer in range(len(model.layers))]
         tokens = model.vllm_config.model_config.max_model_len
-        most, prompts = self.most_rows, _MOST_PROMPTS
+        most, prompts = self.most_rows, MOST_PROMPTS
         self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._places = torch.zeros(most, dtype=torch.int32, device=device)
@@ -106,22 +105,6 @@ class KernelPasses:
         """Whether :meth:`question_attention` is for these rows and layers."""
         return 0 < len(rows) <= self.most_watched and layers == self.watched
 
-    def packs(self, sizes: Sequence[int], most: int) -> list[slice]:
-        """Which prompts go into one pass: slices of those whose numbers of rows are given, in order.
-
-        Args:
-            sizes: Rows of each prompt; none if there is none.
-            most: ``most_rows`` or ``most_watched``; no prompt has more.
-        """
-        found, first, total = [], 0, 0
-        for number, size in enumerate(sizes):
-            rows = _round_up(size, self._unit(most))
-            if number > first and (total + rows > most or number - first == _MOST_PROMPTS):
-                found.append(slice(first, number))
-                first, total = number, 0
-            total += rows
-        return [*found, slice(first, len(sizes))] if len(sizes) else []
-
     def recompute(self, prompts: Sequence[PromptRows]) -> None:
         """Run rows through all layers, for the KV they leave."""
         self._run(prompts, watching=False)
@@ -146,7 +129,7 @@ class KernelPasses:
     def deviations(self, prompt: PromptRows, layer: int) -> torch.Tensor:
         """Run rows up to the values of a layer, and keep their KV; see :class:`cacheblend_rag.passes.Deviations`."""
         count = len(prompt.rows)
-        size = self._fill([prompt], _round_up(count, self._unit(count)), self._tile)
+        size = self._fill([prompt], _round_up(count, self.unit(count)), self._tile)
         found: list[torch.Tensor] = []
 
         def measure(values: torch.Tensor) -> None:
@@ -158,7 +141,7 @@ class KernelPasses:
 
     def _run(self, prompts: Sequence[PromptRows], *, watching: bool) -> None:
         rows = sum(_round_up(len(prompt.rows), self._tile) for prompt in prompts)
-        unit = self._unit(rows)
+        unit = self.unit(rows)
         if unit != self._tile:
             rows = sum(_round_up(len(prompt.rows), unit) for prompt in prompts)
         at = bisect.bisect_left(self._sizes, rows)
@@ -191,8 +174,8 @@ class KernelPasses:
             self._block_table[number, : len(prompt.block_ids)] = prompt.block_ids
         return size
 
-    def _unit(self, rows: int) -> int:
-        """What the rows of each prompt must be a multiple of, in a pass of so many rows."""
+    def unit(self, rows: int) -> int:
+        """What the rows of each prompt are rounded up to a multiple of, in a pass of so many rows."""
         return BUCKET if self._flash_attention is not None and rows > _MOST_WATCHED else self._tile
 
     def _forward(

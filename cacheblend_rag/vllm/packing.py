@@ -14,6 +14,9 @@ from cacheblend_rag.passes import Pass, QuestionAttention, Recompute
 from cacheblend_rag.vllm.forward import PagedForward, PromptRows
 from cacheblend_rag.vllm.model import PagedModel
 
+MOST_PROMPTS = 16
+"""Prompts in one pass: what a step may blend together is seldom more."""
+
 
 def run_blends(
     model: PagedModel, blends: Sequence[tuple[PagedForward, Generator[Pass, torch.Tensor, BlendResult]]]
@@ -77,13 +80,14 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
     if passes is None:
         return [found[number] for number in range(len(wanted))]
 
-    for pack in passes.packs([len(rows.rows) for _, rows in scattered], passes.most_rows):
+    for pack in packs([len(rows.rows) for _, rows in scattered], passes.unit(passes.most_rows), passes.most_rows):
         packed = scattered[pack]
         try:
             passes.recompute([rows for _, rows in packed])
         except Exception as error:
             found.update((number, error) for number, _ in packed)
-    for pack in passes.packs([len(rows.rows) for _, rows in questions], passes.most_watched):
+    unit = passes.unit(passes.most_watched)
+    for pack in packs([len(rows.rows) for _, rows in questions], unit, passes.most_watched):
         packed = questions[pack]
         asked = [one.question for one in (wanted[number] for number, _ in packed) if isinstance(one, QuestionAttention)]
         try:
@@ -95,3 +99,21 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
         except Exception as error:
             found.update((number, error) for number, _ in packed)
     return [found[number] for number in range(len(wanted))]
+
+
+def packs(sizes: Sequence[int], unit: int, most: int) -> list[slice]:
+    """Which prompts go into one pass: slices of those whose numbers of rows are given, in order.
+
+    Args:
+        sizes: Rows of each prompt.
+        unit: They are rounded up to a multiple of this.
+        most: Most rows of a pass, rounded; a prompt that has more has a pass of its own.
+    """
+    found, first, total = [], 0, 0
+    for number, size in enumerate(sizes):
+        rows = -(-size // unit) * unit
+        if number > first and (total + rows > most or number - first == MOST_PROMPTS):
+            found.append(slice(first, number))
+            first, total = number, 0
+        total += rows
+    return [*found, slice(first, len(sizes))] if sizes else []

@@ -17,6 +17,7 @@ from cacheblend_rag.engines.vllm import VllmEngine
 from .conftest import (
     Case,
     Engines,
+    alone,
     connectors,
     forget_prefixes,
     inject_exact_kv,
@@ -25,6 +26,7 @@ from .conftest import (
     recorded_logits,
     runner,
     scheduler,
+    together,
 )
 
 pytestmark = [
@@ -80,7 +82,7 @@ def randomise(engine: VllmEngine) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "llama-8b eager": {"dtype": "bfloat16", "enforce_eager": True},
     "smollm2 bfloat16 eager": {"dtype": "bfloat16", "enforce_eager": True},
-    "smollm2 bfloat16 compiled": {"dtype": "bfloat16", "enforce_eager": False},
+    "smollm2 bfloat16 compiled": {"dtype": "bfloat16", "enforce_eager": False, "gpu_bytes": 1 << 30},
     "smollm2 float32 eager": {"dtype": "float32", "enforce_eager": True},
 }
 
@@ -195,6 +197,29 @@ def test_concurrent_requests(case: Case) -> None:
     assert [answer.stats.decision == "blend" for answer in answers] == [True, False] * 3
     assert max(map(first_difference, answers, expected)) <= allowed
     assert not connectors(case.engine)[0].faults and not connectors(case.engine)[1].faults
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+def test_blends_of_a_step_share_their_passes(case: Case, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [case.prompt(seed, chunks=3 + seed % 3) for seed in range(60, 64)]
+    settings: dict[str, Any] = {"max_tokens": 1, "logprobs": 20, "blend": {"mode": "blend", "policy": policy}}
+    allowed = 2 * noise(case, ids := case.ids(prompts[1]), case.logits(ids, mode="off"))
+    expected = alone(case, prompts, **settings)
+    passes = connectors(case.engine)[1]._worker._model.kernel_passes
+    if passes is None:
+        pytest.skip("no kernels for this case")
+    recompute, packed = passes.recompute, []
+
+    def count(rows: Any) -> None:
+        packed.append(len(rows))
+        recompute(rows)
+
+    monkeypatch.setattr(passes, "recompute", count)
+    monkeypatch.setattr(connectors(case.engine)[0]._scheduler, "_step_rows", 10**6)
+    answers = together(case.engine, [(prompt, settings) for prompt in prompts])
+    assert max(packed) == 4
+    assert [answer.stats.decision for answer in answers] == ["blend"] * 4
+    assert max(map(first_difference, answers, expected)) <= allowed
 
 
 def first_difference(mine: Generation, theirs: Generation) -> float:
