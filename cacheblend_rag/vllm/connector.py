@@ -208,8 +208,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """See the base class."""
-        reports = self._worker.take_reports() if self._worker is not None else {}
-        return WorkerReports(self._engine_id, reports) if reports else None
+        if self._worker is None:
+            return None
+        reports, brought = self._worker.take_reports(), self._worker.take_brought()
+        return WorkerReports(self._engine_id, reports, brought) if reports or brought else None
 
     # Anywhere
 

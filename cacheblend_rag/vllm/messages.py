@@ -79,8 +79,21 @@ class StepJobs(KVConnectorMetadata):
     prefetches: list[str] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass
+class Box:
+    """What workers have told and the scheduler half has not looked at yet.
+
+    Attributes:
+        reports: By request id.
+        brought: Bytes of chunks that are in memory now, by key.
+    """
+
+    reports: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    brought: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
 class WorkerReports(KVConnectorWorkerMetadata):
-    """What a worker found out in one step, by request id, on its way to the scheduler half of the same engine.
+    """What a worker found out in one step, on its way to the scheduler half of the same engine.
 
     vLLM hands worker metadata to the scheduler half only after it has finished the requests of the step, too late for
     the response of a request whose first token is its last. So reports are put into a box as soon as they are in the
@@ -89,28 +102,31 @@ class WorkerReports(KVConnectorWorkerMetadata):
     Args:
         engine_id: vLLM's name of the engine.
         reports: By request id.
+        brought: Bytes of chunks that have been brought to memory, by key.
     """
 
-    def __init__(self, engine_id: str, reports: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, engine_id: str, reports: dict[str, dict[str, Any]], brought: dict[str, int]) -> None:
         self._engine_id = engine_id
         self._reports = reports
+        self._brought = brought
         if engine_id in _boxes:
-            _boxes[engine_id].update(reports)
+            _boxes[engine_id].reports.update(reports)
+            _boxes[engine_id].brought.update(brought)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WorkerReports, (self._engine_id, self._reports)
+        return WorkerReports, (self._engine_id, self._reports, self._brought)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """All ranks do the same: any one's reports will do."""
         return self
 
 
-_boxes: dict[str, dict[str, dict[str, Any]]] = {}
+_boxes: dict[str, Box] = {}
 
 
-def open_box(engine_id: str) -> dict[str, dict[str, Any]]:
-    """The box of an engine whose scheduler half lives in this process: reports by request id."""
-    return _boxes.setdefault(engine_id, {})
+def open_box(engine_id: str) -> Box:
+    """The box of an engine whose scheduler half lives in this process."""
+    return _boxes.setdefault(engine_id, Box())
 
 
 def close_box(engine_id: str) -> None:

@@ -263,9 +263,9 @@ class SchedulerHalf:
         for plan in self._plans.values():
             if plan.first_token_at is None and plan.request.num_output_tokens:
                 plan.first_token_at = now
-        for request_id in self._box.keys() - self._plans.keys():
-            del self._box[request_id]  # of requests that were aborted
-        for request_id, report in self._box.items():
+        for request_id in self._box.reports.keys() - self._plans.keys():
+            del self._box.reports[request_id]  # of requests that were aborted
+        for request_id, report in self._box.reports.items():
             self._renew_if_wrong(self._plans[request_id], report)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -273,7 +273,7 @@ class SchedulerHalf:
         plan = self._plans.pop(request.request_id, None)
         if plan is None:
             return None
-        report = self._box.pop(request.request_id, None)
+        report = self._box.reports.pop(request.request_id, None)
         if plan.params.action != "generate":
             ours = plan.answer if plan.answer is not None else self._warm_answer(plan, report)
         else:

@@ -22,7 +22,7 @@ from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import BlendStats
-from cacheblend_rag.store import ChunkStore
+from cacheblend_rag.store import ChunkStore, TieredStore
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
 from cacheblend_rag.vllm.model import PagedModel
@@ -126,6 +126,7 @@ class WorkerHalf:
         self._choices = _Choices()
         self._library: ChunkLibrary | None = None
         self._logged: set[str] = set()
+        self._brought: dict[str, int] = {}
         self._prefetcher = Prefetcher(self._bring, batch=1)
 
     def prefetch(self, keys: Sequence[str]) -> None:
@@ -180,6 +181,14 @@ class WorkerHalf:
         reports, self._reports = self._reports, {}
         return {request_id: report() for request_id, report in reports.items()}
 
+    def take_brought(self) -> dict[str, int]:
+        """Bytes of the chunks that have been brought to memory since this was last called, by key."""
+        brought = {}
+        while self._brought:
+            key, nbytes = self._brought.popitem()  # one at a time: the prefetcher may be adding
+            brought[key] = nbytes
+        return brought if self._model.is_first_rank else {}
+
     def _report(self, job: BlendJob, stats: BlendStats, result: BlendResult | None = None) -> None:
         def report() -> dict[str, Any]:
             if result is not None:
@@ -206,10 +215,18 @@ class WorkerHalf:
         self._store.close()
 
     def _bring(self, keys: list[str]) -> None:
+        """In the prefetcher's thread."""
         for key in keys:
-            self._store.prefetch(key)
-            if self._model.kernel_passes is not None and (chunk := self._store.get(key)) is not None:
-                self._model.kernel_passes.stream.pinned.pin(chunk)
+            nbytes = 0  # of one that can't be read: whoever waits for it finds out
+            try:
+                self._store.prefetch(key)
+                chunk = self._store.get(key) if isinstance(self._store, TieredStore) else None
+                if chunk is not None:
+                    nbytes = chunk.nbytes
+                    if self._model.kernel_passes is not None:
+                        self._model.kernel_passes.stream.pinned.pin(chunk)
+            finally:
+                self._brought[key] = nbytes
 
     def _read_chunks(self, job: BlendJob, scope: ChunkScope) -> _Blend:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
@@ -301,6 +318,8 @@ class WorkerHalf:
         except Exception as error:  # on one rank, perhaps: all have to go on to where they agree
             self._log_fault("a chunk can't be read", error)
             return None
+        if chunk is not None:
+            self._brought[key] = chunk.nbytes
         if chunk is not None and not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
             return None
@@ -336,6 +355,7 @@ class WorkerHalf:
             return 0
         chunk = ChunkKV(scope.key(job.token_ids), scope, job.token_ids, job.start, kv.cpu().contiguous())
         written = self._store.put(chunk)
+        self._brought[chunk.key] = chunk.nbytes
         if self._model.kernel_passes is not None:  # now, rather than when the first prompt waits for it
             self._model.kernel_passes.stream.pinned.pin(chunk)
         return written
