@@ -224,7 +224,7 @@ def test_an_abort_in_mid_blend(case: Case) -> None:
     assert_alike([engine.generate(case.prompt(4), max_tokens=8, logprobs=3)], expected)
     half = connectors(engine)[0]._scheduler
     assert not half._plans
-    assert not half._box
+    assert not half._box.reports
     assert owner.kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
