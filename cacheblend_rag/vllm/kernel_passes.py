@@ -39,8 +39,11 @@ logger = logging.getLogger(__name__)
 _MOST_CAPTURED = 8192
 # Rows of a question, its template, and perhaps a passage that was not warm.
 _MOST_WATCHED = 512
-# Programs that keep an H100 busy in a pass of few rows.
-_PROGRAMS = 264
+# From so many rows on, FlashAttention takes the keys that the rows of a bucket share.
+_FEW = 128
+# Programs that keep an H100 busy: in a pass of few rows, the keys are divided among more of them.
+_PROGRAMS = 1056
+_MOST_SPLITS = 16
 # Rounding down may cost so much of what would be recomputed, no more; otherwise rows are repeated to fill the graph.
 _MOST_LOST = 1 / 12
 
@@ -60,7 +63,8 @@ class KernelPasses:
     Attributes:
         stream: What brings chunk KV; passes wait for it layer by layer.
         most_rows: Most rows of a pass, those of each prompt rounded up to :meth:`unit`.
-        most_watched: Most rows of :meth:`question_attention`, likewise.
+        most_watched: Most rows of :meth:`question_attention`, those of each prompt rounded up to :attr:`tile`.
+        tile: See :func:`tile_rows`.
         watched: Its layers.
     """
 
@@ -72,7 +76,7 @@ class KernelPasses:
         self._model = model
         kv, device = model.kv, model.kv.device
         self._heads: int = model.layers[0].num_heads
-        self._tile = tile_rows(self._heads, kv.num_kv_heads)
+        self.tile = tile_rows(self._heads, kv.num_kv_heads)
         self._flash_attention = flash_attention_3(model.layers[0])
         self._views = [kv.views(layer) for layer in range(len(model.layers))]
         tokens = model.vllm_config.model_config.max_model_len
@@ -81,11 +85,11 @@ class KernelPasses:
         self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._places = torch.zeros(most, dtype=torch.int32, device=device)
         self._slots = torch.zeros(most, dtype=torch.int64, device=device)
-        self._tile_sequence = torch.zeros(most // self._tile, dtype=torch.int32, device=device)
+        self._tile_sequence = torch.zeros(most // self.tile, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(prompts, -(-tokens // kv.block_size), dtype=torch.int32, device=device)
         self._weights = torch.zeros(self.most_watched, dtype=torch.float32, device=device)
         self._mass = torch.zeros(prompts, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
-        self._sizes = _sizes(min(_MOST_CAPTURED, self.most_rows), self._tile) if graphs else []
+        self._sizes = _sizes(min(_MOST_CAPTURED, self.most_rows), self.tile) if graphs else []
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         if graphs:
             self._capture_all()
@@ -121,7 +125,7 @@ class KernelPasses:
         for prompt, start in zip(prompts, question_starts, strict=True):
             count = len(prompt.rows)
             self._weights[first : first + count].copy_(prompt.rows >= start)
-            first += _round_up(count, self._tile)
+            first += _round_up(count, self.tile)
         self._run(prompts, watching=True)
         share = self._heads * len(self.watched)
         return [self._mass[n, :, : len(p.token_ids)].sum(dim=0).div_(share) for n, p in enumerate(prompts)]
@@ -129,7 +133,7 @@ class KernelPasses:
     def deviations(self, prompt: PromptRows, layer: int) -> torch.Tensor:
         """Run rows up to the values of a layer, and keep their KV; see :class:`cacheblend_rag.passes.Deviations`."""
         count = len(prompt.rows)
-        size = self._fill([prompt], _round_up(count, self.unit(count)), self._tile)
+        size = self._fill([prompt], _round_up(count, self.unit(count)), self.tile)
         found: list[torch.Tensor] = []
 
         def measure(values: torch.Tensor) -> None:
@@ -140,10 +144,9 @@ class KernelPasses:
         return found[0][:count]
 
     def _run(self, prompts: Sequence[PromptRows], *, watching: bool) -> None:
-        rows = sum(_round_up(len(prompt.rows), self._tile) for prompt in prompts)
-        unit = self.unit(rows)
-        if unit != self._tile:
-            rows = sum(_round_up(len(prompt.rows), unit) for prompt in prompts)
+        rows = sum(_round_up(len(prompt.rows), self.tile) for prompt in prompts)
+        unit = self.tile if watching else self.unit(rows)
+        rows = sum(_round_up(len(prompt.rows), unit) for prompt in prompts)
         at = bisect.bisect_left(self._sizes, rows)
         size = self._sizes[at] if at < len(self._sizes) else rows
         self._fill(prompts, size, unit)
@@ -168,15 +171,15 @@ class KernelPasses:
         torch.add(rows % block_size, blocks, alpha=block_size, out=self._slots[:size])
         self._positions[:size] = rows
         self._places[:size] = rows
-        tiles = np.repeat(np.arange(len(prompts), dtype=np.int32), np.array(counts) // self._tile)
-        self._tile_sequence[: size // self._tile].copy_(upload(torch.from_numpy(tiles), rows.device))
+        tiles = np.repeat(np.arange(len(prompts), dtype=np.int32), np.array(counts) // self.tile)
+        self._tile_sequence[: size // self.tile].copy_(upload(torch.from_numpy(tiles), rows.device))
         for number, prompt in enumerate(prompts):
             self._block_table[number, : len(prompt.block_ids)] = prompt.block_ids
         return size
 
     def unit(self, rows: int) -> int:
         """What the rows of each prompt are rounded up to a multiple of, in a pass of so many rows."""
-        return BUCKET if self._flash_attention is not None and rows > _MOST_WATCHED else self._tile
+        return BUCKET if self._flash_attention is not None and rows > _FEW else self.tile
 
     def _forward(
         self,
@@ -191,9 +194,9 @@ class KernelPasses:
         What comes after that is for the next layer, or for logits that nobody asks for.
         """
         model = self._model
-        rows = PagedRows(self._places[:size], self._tile_sequence[: size // self._tile], self._block_table)
+        rows = PagedRows(self._places[:size], self._tile_sequence[: size // self.tile], self._block_table)
         buckets = None
-        if self._flash_attention is not None and size > _MOST_WATCHED:
+        if not watching and self.unit(size) == BUCKET and self._flash_attention is not None:
             buckets = Buckets.of(rows)
         attend = functools.partial(
             self._attend, rows=rows, buckets=buckets, stop=stop, watching=watching, before_stop=before_stop
@@ -242,8 +245,8 @@ class KernelPasses:
         if buckets is not None:
             assert self._flash_attention is not None
             return attend_buckets(self._flash_attention, query, keys, values, buckets, scale).view(count, -1)
-        programs = count // self._tile * kv.num_kv_heads
-        splits = max(1, min(16, _PROGRAMS // programs))
+        programs = count // self.tile * kv.num_kv_heads
+        splits = max(1, min(_MOST_SPLITS, _PROGRAMS // programs))
         lse = torch.empty(count, self._heads, dtype=torch.float32, device=query.device) if watched else None
         out = attend_rows(query, keys, values, rows, scale, splits=splits, lse=lse)
         if lse is not None:
@@ -265,7 +268,7 @@ class KernelPasses:
             for watching in (False, True):
                 sizes = [size for size in self._sizes if not watching or size <= self.most_watched]
                 for size in reversed(sizes):
-                    self._fill([nowhere], size, self._tile)
+                    self._fill([nowhere], size, self.tile)
                     if size in (sizes[0], sizes[-1]) or not watching:  # compiles kernels, fills caches
                         self._forward(size, stop=last, watching=watching)
                     graph = torch.cuda.CUDAGraph()
@@ -307,10 +310,13 @@ def _obstacle(model: PagedModel) -> str | None:
 
 
 def _sizes(most: int, tile: int) -> list[int]:
-    """Rows of the graphs: above the smallest, steps of at most an eighth, so that little is lost or repeated."""
-    sizes = list(range(tile, _MOST_WATCHED + 1, max(tile, 64)))
-    for first, last, step in ((_MOST_WATCHED, 1024, BUCKET), (1024, 4096, 256), (4096, most, 512)):
-        sizes += range(first + step, min(last, most) + 1, step)
+    """Rows of the graphs, ascending: after the smallest, steps of a few percent, so that little is lost or repeated.
+
+    Multiples of a bucket, but for one that a short question fits.
+    """
+    sizes = [tile] if tile < BUCKET else []
+    for first, last, step in ((0, 1024, BUCKET), (1024, 4096, 256), (4096, most, 512)):
+        sizes += range(first + step, last + 1, step)
     return [size for size in sizes if size <= most]
 
 

@@ -86,8 +86,7 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
             passes.recompute([rows for _, rows in packed])
         except Exception as error:
             found.update((number, error) for number, _ in packed)
-    unit = passes.unit(passes.most_watched)
-    for pack in packs([len(rows.rows) for _, rows in questions], unit, passes.most_watched):
+    for pack in packs([len(rows.rows) for _, rows in questions], passes.tile, passes.most_watched):
         packed = questions[pack]
         asked = [one.question for one in (wanted[number] for number, _ in packed) if isinstance(one, QuestionAttention)]
         try:

@@ -268,7 +268,11 @@ def inject_exact_kv(engine: VllmEngine, ids: list[int], shift: int, monkeypatch:
         first = segment.start - segment.offset
         exact = kv[:, :, first : first + len(chunk_ids)].contiguous()
         store.put(ChunkKV(segment.key, engine.scope, chunk_ids, first + shift, exact))
-    monkeypatch.setattr(worker_side._worker, "_store", store)
+    worker = worker_side._worker
+    monkeypatch.setattr(worker, "_store", store)
+    if (passes := worker._model.kernel_passes) is not None:  # which keeps chunks by their keys
+        kept = passes.stream._resident
+        monkeypatch.setattr(passes.stream, "_resident", type(kept)(kept._max_bytes, kept._device))
     return segments
 
 

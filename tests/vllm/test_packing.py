@@ -32,6 +32,7 @@ class StandIn:
 
     def __init__(self, model: PagedModel, most_rows: int) -> None:
         self.most_rows = self.most_watched = most_rows
+        self.tile = 16
         self.watched = watched_layers(len(model.layers))
         self.recomputed: list[int] = []
         self.asked: list[int] = []
@@ -43,7 +44,7 @@ class StandIn:
         self._model = model
 
     def unit(self, rows: int) -> int:
-        return 16
+        return self.tile
 
     def affordable_rows(self, rows: int) -> int:
         return rows

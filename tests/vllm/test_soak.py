@@ -71,7 +71,7 @@ def soak(model: str) -> dict[str, Any]:
         "sizes": sizes,
         "counts": dict(engine.counts),
         "faults": sum(connector.faults.total() for connector in connectors(engine)),
-        "left": len(half._plans) + len(half._box),
+        "left": len(half._plans) + len(half._box.reports),
         "free_blocks": scheduler(engine).kv_cache_manager.block_pool.get_num_free_blocks(),
     }
     engine.close()
