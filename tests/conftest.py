@@ -72,6 +72,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def sentence_tokenizer() -> PreTrainedTokenizerFast:
+    """As sentencepiece makes them: the first word of a text has no space before it, bytes that are no character may
+    change what is before them. Tokens 0 to 2 are special, 3 to 13 are bytes, 14 to 16 are words."""
+    special = ["<unk>", "<s>", "<eos>"]
+    pieces = [f"<0x{byte:02X}>" for byte in "\né€😀A".encode()] + ["▁Paris", "▁is", "▁a"]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?"]
+    vocabulary = {token: number for number, token in enumerate([*special, *pieces, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., str]:
     """Builds a small random model of any architecture; the same arguments give the same weights."""
 
@@ -99,6 +115,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrai
         return str(directory)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def sentence_model(make_model: Callable[..., str], sentence_tokenizer: PreTrainedTokenizerFast) -> str:
+    """Directory of a random model that may say any token of this tokenizer."""
+    sizes = {"hidden_size": 128, "vocab_size": len(sentence_tokenizer)}  # heads of a size that vLLM takes on CPU
+    directory = make_model("llama", model_type="llama", eos_token_id=sentence_tokenizer.eos_token_id, **sizes)
+    sentence_tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

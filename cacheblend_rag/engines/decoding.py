@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import cast
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import (
     LogitsProcessorList,
@@ -20,6 +22,7 @@ from cacheblend_rag.engines.base import SamplingParams
 
 # What was generated so far: the warpers used here don't look at it.
 _NO_HISTORY = torch.LongTensor()
+_NO_CHARACTER = "\ufffd"  # what bytes that are no character are decoded to
 
 
 class Sampler:
@@ -72,29 +75,35 @@ class Sampler:
 class TextStream:
     """Turns tokens into text as they come, and ends at a stop string.
 
+    The text is that which continues the prompt's, as in vLLM: for tokenizers that drop the space before the first word
+    of a text (those made with sentencepiece), the first token is decoded as it is behind the last tokens of the prompt.
+
     Args:
         tokenizer: Decodes.
+        prompt_ids: What the tokens come after.
         params: Strings that end the text (they are not part of it, nor is anything after them) unless they are complete
             within the first ``min_tokens``, and whether to leave special tokens out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._skip_special_tokens = params.skip_special_tokens
-        self._decoder = DecodeStream(skip_special_tokens=params.skip_special_tokens)  # holds back half characters
+        context = _context(self._tokenizer, prompt_ids, params.skip_special_tokens)
+        self._decoder = DecodeStream(ids=context, skip_special_tokens=params.skip_special_tokens)
         self._stop = params.stop
         self._min_tokens = params.min_tokens
-        self._token_ids: list[int] = []
+        self._count = 0
+        self._undecoded: list[int] = []  # the last tokens, if they end in half a character
         self._pending = ""
         self.text = ""
         self.stopped = False
 
     def add(self, token_id: int) -> str:
         """New text that is certain: no half characters, nothing that may yet become a stop string."""
-        self._token_ids.append(token_id)
+        self._count += 1
         known = len(self._pending)
-        self._pending += self._decoder.step(self._tokenizer.backend_tokenizer, token_id) or ""
-        if len(self._token_ids) > self._min_tokens:
+        self._pending += self._decode(token_id)
+        if self._count > self._min_tokens:
             # As in vLLM: of those that this token completes, the one that is complete first.
             starts = ((self._pending.find(stop, max(known + 1 - len(stop), 0)), stop) for stop in self._stop)
             found = [(start + len(stop), start) for start, stop in starts if start >= 0]
@@ -107,9 +116,23 @@ class TextStream:
         """What was held back, once no more tokens come."""
         if self.stopped:
             return ""
-        decoded = str(self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens))
-        self._pending += decoded[len(self.text) + len(self._pending) :]
+        self._pending += self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special_tokens)
         return self._send(len(self._pending))
+
+    def _decode(self, token_id: int) -> str:
+        """The text that a token completes: nothing while it ends in half a character."""
+        try:
+            text = self._decoder.step(self._tokenizer, token_id)
+        except Exception:  # tokenizers has no type for it
+            # Bytes that turn out to be no character can change what is before them. As in vLLM, they are left out.
+            self._decoder = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            self._undecoded.clear()
+            text = self._decoder.step(self._tokenizer, token_id)
+        if text:
+            self._undecoded.clear()
+        else:
+            self._undecoded.append(token_id)
+        return text or ""
 
     def _send(self, length: int) -> str:
         piece, self._pending = self._pending[:length], self._pending[length:]
@@ -121,3 +144,17 @@ class TextStream:
         text = self._pending
         lengths = (n for stop in self._stop for n in range(1, len(stop)) if stop.startswith(text[-n:]))
         return max((n for n in lengths if n <= len(text)), default=0)
+
+
+def _context(tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
+    """The last tokens of a prompt, as many as it takes to decode what follows as behind the whole prompt.
+
+    None if they end in half a character: a stream that begins with it would repeat their text.
+    """
+    ids, text = list[int](), ""
+    for length in (8, 16, 32, 64):  # more while there are only special tokens, or a character is cut
+        ids = list(prompt_ids[-length:])
+        text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        if text and not text.endswith(_NO_CHARACTER):
+            return ids
+    return [] if text else ids

@@ -224,8 +224,9 @@ class TransformersEngine(Engine):
         self.counts[stats.decision] += 1
         sampler = Sampler(params, self._loaded.model.device)
         end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
-        penalties = Penalties(params, ids.tolist(), end_ids)
-        text = TextStream(self._loaded.tokenizer, params)
+        prompt_ids = ids.tolist()
+        penalties = Penalties(params, prompt_ids, end_ids)
+        text = TextStream(self._loaded.tokenizer, prompt_ids, params)
         token_ids: list[int] = []
         logprobs: list[dict[int, float]] = []
         finish_reason: FinishReason | None = None

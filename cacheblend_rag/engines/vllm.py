@@ -16,6 +16,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.connected import ConnectedEngine
+from cacheblend_rag.engines.decoding import TextStream
 from cacheblend_rag.engines.grammar import check_constraint
 from cacheblend_rag.engines.model_files import (
     first_line,
@@ -180,9 +181,10 @@ class VllmEngine(ConnectedEngine):
         request_id = self._new_id()
         request = self._send(request_id, ids, params, wire.blend_params(config, request_id))
         request.timeout = params.timeout
-        return _Sent(request, request_id, len(ids), params, started, seconds)
+        return _Sent(request, request_id, ids, params, started, seconds)
 
     def _collect(self, sent: _Sent) -> Iterator[StreamPiece]:
+        decoder = None if sent.params.stop else TextStream(self._tokenizer, sent.prompt_ids, sent.params)
         text, token_ids, ttft, answer = "", list[int](), 0.0, None
         logprobs: list[dict[int, float]] = []
         finish_reason: FinishReason = "length"
@@ -190,7 +192,8 @@ class VllmEngine(ConnectedEngine):
         for output in sent.request:
             completion = output.value.outputs[0]
             ttft = ttft or output.at - sent.started
-            text += completion.text
+            piece = completion.text if decoder is None else _decode(decoder, completion)
+            text += piece
             token_ids += completion.token_ids
             for entry in completion.logprobs or []:
                 logprobs.append({token: found.logprob for token, found in entry.items() if found.logprob > -math.inf})
@@ -199,12 +202,12 @@ class VllmEngine(ConnectedEngine):
                     raise CacheBlendError(f"vLLM ended the request: {completion.finish_reason}, see its log")
                 finish_reason = "stop" if completion.finish_reason == "stop" else "length"
                 answer = output.value.kv_transfer_params
-                last = completion.text
-            elif completion.text:
-                yield StreamPiece(completion.text)
+                last = piece
+            elif piece:
+                yield StreamPiece(piece)
         # A stop string ends the answer before vLLM's scheduler knows: the stats are asked for then.
         answer = answer or self._told(self._send_action("report", sent.request_id, [0]))
-        stats = wire.parse_stats((answer or {}).get(PARAMS_KEY), sent.prompt_tokens)
+        stats = wire.parse_stats((answer or {}).get(PARAMS_KEY), len(sent.prompt_ids))
         stats.match += sent.tokenized
         stats.ttft = ttft
         self.counts[stats.decision] += 1
@@ -272,6 +275,9 @@ class VllmEngine(ConnectedEngine):
                 top_k=max(params.top_k, 0),
                 seed=params.seed,
                 stop=list(params.stop),
+                # Before its first piece of text, vLLM's detokenizer decodes the whole prompt, tens of milliseconds of a
+                # long one. It has to where there are stop strings: only vLLM can end a request whose reader is slow.
+                detokenize=bool(params.stop),
                 logprobs=params.logprobs,
                 skip_special_tokens=params.skip_special_tokens,
                 min_p=params.min_p,
@@ -296,10 +302,16 @@ class VllmEngine(ConnectedEngine):
 class _Sent:
     request: Request
     request_id: str
-    prompt_tokens: int
+    prompt_ids: list[int]
     params: SamplingParams
     started: float
     tokenized: float
+
+
+def _decode(decoder: TextStream, completion: Any) -> str:
+    """The text of new tokens as vLLM has it: without the token that ends it, or half a character at its end."""
+    ended = completion.finish_reason == "stop"
+    return "".join(map(decoder.add, completion.token_ids[:-1] if ended else completion.token_ids))
 
 
 def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSettings, arguments: dict[str, Any]) -> Any:
@@ -312,6 +324,7 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
     from vllm import EngineArgs
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     if device not in ("auto", current_platform.device_type):
@@ -326,7 +339,8 @@ def _make_engine(model: str, dtype: str, device: str, settings: ConnectorSetting
             },
             **{"max_logprobs": -1, "prefix_caching_hash_algo": "xxhash", "disable_log_stats": True, **arguments},
         )
-        vllm_config = engine_args.create_engine_config()
+        # With the defaults of vLLM's server. Without a context, they are those of small GPUs: steps of 2048 tokens.
+        vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM can't be set up for {model!r}: {' '.join(str(error).split())}") from error
     if settings.on_unsupported == "refuse":

@@ -128,7 +128,7 @@ def test_stop_strings_that_are_complete_within_min_tokens_do_not_count(
 ) -> None:
     tokenizer = engine._loaded.tokenizer
     ids = [token for word in words for token in tokenizer.encode(word)]
-    stream = TextStream(tokenizer, SamplingParams(stop=tuple(stops), min_tokens=min_tokens))
+    stream = TextStream(tokenizer, [], SamplingParams(stop=tuple(stops), min_tokens=min_tokens))
     texts, said = [""], ""
     for count, token in enumerate(ids, start=1):
         texts.append(tokenizer.decode(ids[:count]).rstrip("\ufffd"))

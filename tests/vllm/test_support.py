@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cacheblend_rag import BlendConfig, ConfigError, UnsupportedModelError, load_engine
+from cacheblend_rag import BlendConfig, CacheBlendError, ConfigError, UnsupportedModelError, load_engine
 from cacheblend_rag.vllm import compat, support
 from cacheblend_rag.vllm.settings import ConnectorSettings, RequestParams
 
@@ -90,6 +90,28 @@ def test_other_attention_backends_are_refused(model: str, engines: Engines, monk
     monkeypatch.setattr("cacheblend_rag.vllm.model.ATTENTION_BACKENDS", ("FLASH_ATTN",))
     with pytest.raises(UnsupportedModelError, match="backend CPU_ATTN is not tested: start vLLM with"):
         open_engine(model)
+
+
+def test_a_step_is_as_long_as_on_vllms_server(model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's defaults depend on who asks, and on a big GPU those of nobody in particular are a quarter of these."""
+    from vllm import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    engines.close()
+    batch_defaults = {UsageContext.OPENAI_API_SERVER: 8192}, {UsageContext.OPENAI_API_SERVER: 1024}
+    monkeypatch.setattr(EngineArgs, "get_batch_defaults", lambda self, world_size: batch_defaults)
+    seen = []
+
+    def refuse(config: Any, **kwargs: Any) -> None:
+        seen.append((config.scheduler_config.max_num_batched_tokens, config.scheduler_config.max_num_seqs))
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(LLMEngine, "from_vllm_config", refuse)
+    for engine_args in ({}, {"max_num_batched_tokens": 512, "max_num_seqs": 4}):
+        with pytest.raises(CacheBlendError, match="seen enough"):
+            open_engine(model, engine_args=engine_args)
+    assert seen == [(8192, 1024), (512, 4)]
 
 
 def test_what_only_the_loaded_model_shows_is_refused_too(
