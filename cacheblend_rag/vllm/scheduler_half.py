@@ -32,10 +32,12 @@ from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs, close_box, open_box
 from cacheblend_rag.vllm.metrics import BlendMetrics
 from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings, RequestParams
+from cacheblend_rag.vllm.waiting import DiskWait, MemoryTier
 
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 4096  # finished requests whose stats can be asked for
+_IDLE_SECONDS = 0.001  # of a step without work, while chunks are read: the reading needs the time
 
 
 @dataclasses.dataclass
@@ -50,6 +52,7 @@ class _Plan:
         segments: Matched runs of it; empty unless it is to be blended.
         hashes: Its block hashes, if it is to be blended.
         marks: Where its blocks are salted; empty unless it is to be blended.
+        wait: What it waits for, if chunks of it are on disk only.
         rows: Rows that its blend recomputes.
         spoilt: Whether its blended blocks are none that others may read.
         block_ids: Its block table, of a chunk to be stored.
@@ -64,6 +67,7 @@ class _Plan:
     segments: tuple[Segment, ...] = ()
     hashes: BlockHashes | None = None
     marks: Marks = ()
+    wait: DiskWait | None = None
     rows: int = 0
     spoilt: bool = False
     block_ids: list[int] = dataclasses.field(default_factory=list)
@@ -119,6 +123,7 @@ class SchedulerHalf:
         self._planned_rows = 0  # in this step
         self._engine_id = engine_id
         self._box = open_box(engine_id)
+        self._memory = MemoryTier(settings.memory_bytes)
         self._block_pool: Any = None
         self._salts = Salts(library.scope, block_size)
         self._plans: dict[str, _Plan] = {}
@@ -187,6 +192,9 @@ class SchedulerHalf:
             plan.stats.reason = "goes on from blended blocks in the prefix cache"
         if plan.stats.decision != "blend":
             return 0
+        self._note_brought()
+        if plan.wait is not None and not plan.wait.is_over:
+            return None
         if not self._computed(request.block_hashes[: hit // self._block_size]):
             return None
         plan.rows = recompute_budget(layout, plan.params.blend.recompute_ratio) + len(layout.missed)
@@ -213,6 +221,15 @@ class SchedulerHalf:
             for block_hash in plan.request.block_hashes[plan.request.num_computed_tokens // self._block_size :]
         }
         return coming.isdisjoint(hit_hashes)
+
+    def _note_brought(self) -> None:
+        """Chunks have come to memory, which requests may be waiting for."""
+        while self._box.brought:
+            key, nbytes = self._box.brought.popitem()
+            self._memory.add(key, nbytes)
+            for plan in self._plans.values():
+                if plan.wait is not None:
+                    plan.wait.missing.discard(key)
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
@@ -253,6 +270,9 @@ class SchedulerHalf:
             if plan.request.num_computed_tokens + tokens >= len(plan.ids):
                 start = len(self._primer_ids)
                 self._jobs.saves.append(SaveJob(request_id, plan.ids[start:], start, list(plan.block_ids)))
+        waits = (plan.wait for plan in self._plans.values() if plan.wait is not None)
+        if not scheduler_output.num_scheduled_tokens and not all(wait.is_over for wait in waits):
+            time.sleep(_IDLE_SECONDS)
         jobs, self._jobs = self._jobs, StepJobs(self.scope)
         self._planned_rows = 0
         return jobs
@@ -312,6 +332,9 @@ class SchedulerHalf:
                     # The blended blocks of an earlier prompt are gone, but exact ones reach further.
                     plan.marks = ((first_block, plan.marks[-1][1]),)
                     plan.hashes.salt(plan.marks)
+                if missing := self._memory.missing(dict.fromkeys(segment.key for segment in segments)):
+                    self._jobs.prefetches.extend(missing)
+                    plan.wait = DiskWait(set(missing))
                 plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
 
     def _cached_tokens(self, request: Any) -> int:

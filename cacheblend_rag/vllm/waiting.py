@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 # Something went wrong with the reading, or far too much is to be read: the step reads what is left.
 _MOST_SECONDS = 10.0
@@ -17,7 +18,7 @@ class MemoryTier:
     for a chunk that is in memory already.
 
     Args:
-        max_bytes: Of the workers' memory tier.
+        max_bytes: Of the workers' memory tier; 0: nothing is kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -25,39 +26,39 @@ class MemoryTier:
         self._nbytes = 0
         self._known: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
-    def add(self, brought: Mapping[str, int]) -> None:
-        """Chunks that have been brought to memory, with their bytes."""
-        for key, nbytes in brought.items():
-            self._nbytes += nbytes - self._known.pop(key, 0)
-            self._known[key] = nbytes
+    def add(self, key: str, nbytes: int) -> None:
+        """A chunk has been brought to memory."""
+        self._nbytes += nbytes - self._known.pop(key, 0)
+        self._known[key] = nbytes
         while self._nbytes > self._max_bytes:
             self._nbytes -= self._known.popitem(last=False)[1]
 
-    def missing(self, keys: Iterable[str]) -> set[str]:
-        """Which of some chunks, about to be used, are not in memory; none if memory keeps nothing."""
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Which of some chunks, about to be used, are to be brought; none if memory keeps nothing."""
         if not self._max_bytes:
-            return set()
-        found = set()
+            return []
+        found = []
         for key in keys:
             if key in self._known:
                 self._known.move_to_end(key)
             else:
-                found.add(key)
+                found.append(key)
         return found
 
 
+@dataclasses.dataclass
 class DiskWait:
     """What one request waits for.
 
-    Args:
+    Attributes:
         missing: Keys of chunks that are on their way to memory.
+        until: ``time.monotonic()`` from which on it waits no longer.
     """
 
-    def __init__(self, missing: set[str]) -> None:
-        self._missing = missing
-        self._until = time.monotonic() + _MOST_SECONDS
+    missing: set[str]
+    until: float = dataclasses.field(default_factory=lambda: time.monotonic() + _MOST_SECONDS)
 
-    def is_over(self, memory: MemoryTier) -> bool:
+    @property
+    def is_over(self) -> bool:
         """Whether the request may go on."""
-        self._missing = memory.missing(self._missing)
-        return not self._missing or time.monotonic() > self._until
+        return not self.missing or time.monotonic() > self.until

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cacheblend_rag import StoreError
 from cacheblend_rag.errors import AnswerTimeoutError, EngineClosedError
 from cacheblend_rag.vllm.forward import PagedForward
+from cacheblend_rag.vllm.waiting import MemoryTier
 
 from .conftest import (
     CHUNKS,
@@ -321,6 +325,90 @@ def test_prefetching_delays_no_step(case: Case, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(store.disk, "get", None)  # what is in memory is not read again
     engine.prefetch(CHUNKS)
     assert_alike([engine.generate(case.prompt(0), max_tokens=4, logprobs=3)], expected)
+
+
+@pytest.fixture
+def slow_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[str]]:
+    """All chunks are on disk only, as after a restart, and the disk answers from when the event is set on; the names of
+    the threads that read."""
+    scheduler_side, worker_side = connectors(case.engine)
+    store = worker_side._worker._store
+    store.memory.close()
+    monkeypatch.setattr(scheduler_side._scheduler, "_memory", MemoryTier(store.memory.max_bytes))
+    go, readers, read = threading.Event(), list[str](), store.disk.get
+
+    def slow(key: str) -> Any:
+        readers.append(threading.current_thread().name)
+        assert go.wait(timeout=120)
+        return read(key)
+
+    monkeypatch.setattr(store.disk, "get", slow)
+    return go, readers
+
+
+def test_requests_wait_for_disk_outside_of_steps(case: Case, slow_disk: tuple[threading.Event, list[str]]) -> None:
+    go, readers = slow_disk
+    engine, settings = case.engine, {"max_tokens": 4, "logprobs": 3}
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(engine.generate, case.prompt(seed), **settings) for seed in (0, 1)]
+        deadline = time.monotonic() + 60
+        while not readers:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert engine.generate("Once upon a time", max_tokens=4).token_ids
+        assert not any(one.done() for one in waiting)
+        go.set()
+        answers = [one.result() for one in waiting]
+    assert set(readers) == {"cacheblend-prefetch"}
+    assert [answer.stats.decision for answer in answers] == ["blend"] * 2
+    assert_alike(answers, alone(case, [case.prompt(seed) for seed in (0, 1)], **settings))
+
+
+def test_a_request_does_not_wait_for_ever(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody brings its chunks: after a while, the step reads them."""
+    go, readers = slow_disk
+    go.set()
+    monkeypatch.setattr("cacheblend_rag.vllm.waiting._MOST_SECONDS", 0.3)
+    monkeypatch.setattr(connectors(case.engine)[1]._worker, "prefetch", lambda keys: None)
+    answer = case.engine.generate(case.prompt(0), max_tokens=4)
+    assert answer.stats.decision == "blend"
+    assert set(readers) == {"vllm"}
+
+
+def test_a_chunk_that_is_waited_for_is_gone(case: Case, slow_disk: tuple[threading.Event, list[str]]) -> None:
+    go, _ = slow_disk
+    worker = connectors(case.engine)[1]._worker
+    expected = alone(case, [case.prompt(0)], blend={"mode": "off"}, max_tokens=4, logprobs=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker._store, "get", lambda key: None)
+        go.set()
+        answer = case.engine.generate(case.prompt(0), max_tokens=4, logprobs=3)
+    assert answer.stats.decision == "prefill" and answer.stats.faults
+    assert_alike([answer], expected)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 40)), max_size=40), st.integers(1, 100))
+def test_the_scheduler_knows_what_memory_keeps(brought: list[tuple[str, int]], most: int) -> None:
+    """As long as it is told everything: the least recently used ones are gone."""
+    tier, kept = MemoryTier(most), OrderedDict[str, int]()
+    for key, nbytes in brought:
+        kept.pop(key, None)
+        kept[key] = nbytes
+        while sum(kept.values()) > most:
+            kept.popitem(last=False)
+        tier.add(key, nbytes)
+        used = sorted(kept)[:1]
+        assert tier.missing(used) == []
+        for one in used:
+            kept.move_to_end(one)
+    everything = list("abcdefgh")
+    assert tier.missing(everything) == [key for key in everything if key not in kept]
+
+
+def test_without_memory_nobody_waits() -> None:
+    assert MemoryTier(0).missing(["a"]) == []
 
 
 def test_what_is_under_way_ends_with_the_engine(case: Case, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
