@@ -1,18 +1,22 @@
 """Keeps blended KV out of the prefix cache that exact requests read.
 
 vLLM finds cached blocks by a chain of hashes, each over a block's tokens and the hash before. A block that holds a
-blended token gets a hash of its own kind: from that block on the chain continues from a salted predecessor. Blocks
-before it keep their hashes, so the system prompt stays shared with everybody. The salt is a digest of everything that
-decides the blended values, so a prompt finds blocks that were blended as it would be, and no others.
+blended token gets a hash of its own kind, as all blocks after it do: vLLM's own one mixed with a salt, and longer than
+any of vLLM's. Blocks before it keep their hashes, so the system prompt stays shared with everybody. The salt is a
+digest of everything that decides the blended values, so a prompt finds blocks that were blended as it would be, and no
+others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
@@ -20,7 +24,7 @@ from cacheblend_rag.matching import Segment
 from cacheblend_rag.policies import get_policy
 
 _REMEMBERED = 4096
-_ENDINGS = 16  # prompts remembered that differ only after their last full block
+_ENDINGS = 16  # prompts remembered that differ only after their last full block, or in their settings
 
 
 Marks = tuple[tuple[int, str], ...]
@@ -38,7 +42,6 @@ class BlockHashes:
         self.plain: tuple[bytes, ...] = tuple(request.block_hashes)
         self._request = request
         self._hasher = request._block_hasher
-        self._cache_salt = request.cache_salt or ""
 
     def salt(self, marks: Marks) -> None:
         """Give the blocks from each mark on hashes of their own, those of tokens to be generated included.
@@ -49,43 +52,65 @@ class BlockHashes:
         request, hasher = self._request, self._hasher
         if hasher is None:
             return
-        salts = dict(marks)
-        # vLLM's hasher mixes a salt into the first block only.
-        request.cache_salt = f"{self._cache_salt}+{salts[0]}" if 0 in salts else self._cache_salt or None
+        plain = list(self.plain)
+        digests = _digests(marks)
 
         def salting_hasher(request: Any) -> list[bytes]:
-            """What vLLM's hasher makes, but at each mark it goes on from a salted predecessor."""
-            hashes = request.block_hashes
-            first = len(hashes)
-            while True:
-                at = len(hashes)
-                kept = hashes[-1] if at else b""
-                if at in salts and at:
-                    hashes[-1] = type(kept)(hashlib.sha256(kept + salts[at].encode()).digest())
-                new = list(hasher(request))
-                if at:
-                    hashes[-1] = kept
-                end = min((mark for mark in salts if mark > at), default=at + len(new))
-                hashes.extend(new[: end - at])
-                if len(new) <= end - at:
-                    break
-            made = hashes[first:]
-            del hashes[first:]
-            return list(made)
+            """Salts what vLLM's hasher makes, which goes on from the plain hashes: it is shown those meanwhile."""
+            salted = request.block_hashes
+            del plain[len(salted) :]  # vLLM takes generated tokens back when more of a streamed prompt comes
+            request.block_hashes = plain
+            try:
+                new = hasher(request)
+            finally:
+                request.block_hashes = salted
+            plain.extend(new)
+            return _salted(new, len(salted), digests)
 
-        request._block_hasher = salting_hasher
-        request.block_hashes[:] = self.plain[: marks[0][0]]
         try:
-            request.update_block_hashes()
+            request._block_hasher = salting_hasher
+            request.block_hashes[:] = _salted(plain, 0, digests)
+            request.update_block_hashes()  # tokens generated before a preemption
         except BaseException:
             request._block_hasher = hasher
-            request.cache_salt = self._cache_salt or None
             request.block_hashes[:] = self.plain
             raise
 
 
+def _digests(marks: Marks) -> list[tuple[int, bytes]]:
+    """Each mark's block, and a digest of the mark and those before it."""
+    hasher = hashlib.blake2b(digest_size=16)
+    digests = []
+    for block, salt in marks:
+        hasher.update(f"{block} {len(salt)} {salt} ".encode())
+        digests.append((block, hasher.digest()))
+    return digests
+
+
+def _salted(plain: Sequence[bytes], first: int, digests: Sequence[tuple[int, bytes]]) -> list[bytes]:
+    """Hashes of consecutive blocks, from the first mark on such as tell both plain hash and digest.
+
+    Args:
+        plain: The blocks' plain hashes.
+        first: Number of the first of the blocks.
+        digests: By the blocks they count from, ascending.
+    """
+    hashes = list(plain)
+    end = first + len(plain)
+    for (block, digest), (next_block, _) in itertools.pairwise([*digests, (end, b"")]):
+        part = slice(max(block - first, 0), max(next_block - first, 0))
+        if plain[part]:
+            # Mixed too, not only joined: vLLM's events call a block by the last 8 bytes of its hash.
+            size = len(plain[0])
+            mixed = np.frombuffer(b"".join(plain[part]), np.uint8).reshape(-1, size)
+            data = (mixed ^ np.resize(np.frombuffer(digest, np.uint8), size)).tobytes()
+            hashes[part] = [digest + data[i : i + size] for i in range(0, len(data), size)]
+    return hashes
+
+
 @dataclasses.dataclass(frozen=True)
 class _Earlier:
+    settings: str
     rest: bytes
     length: int
     segments: tuple[Segment, ...]
@@ -109,9 +134,9 @@ class Salts:
     """
 
     def __init__(self, scope: ChunkScope, block_size: int) -> None:
-        self._scope = scope
+        self._scope_digest = scope.digest
         self._block_size = block_size
-        self._earlier: OrderedDict[tuple[bytes, str], list[_Earlier]] = OrderedDict()
+        self._earlier: OrderedDict[bytes, list[_Earlier]] = OrderedDict()
         self._age = 0
 
     def choose(
@@ -142,8 +167,13 @@ class Salts:
             # What stands after the last segment decides the blended values only if the policy looks at the question.
             read = ids if get_policy(config.policy).reads_question else ids[: segments[-1].end]
             block = max(new[0].start, since) // self._block_size if marks else first_block
-            marks = (*(mark for mark in marks if mark[0] < block), (block, self._digest(settings, segments, read)))
-        self._remember(ids, plain, settings, _Earlier(b"", len(ids), tuple(segments), marks))
+            marks = (
+                *(mark for mark in marks if mark[0] < block),
+                (block, self._digest(settings, segments, plain, read)),
+            )
+        if plain:
+            rest = ids[len(plain) * self._block_size :].tobytes()
+            self._remember(plain[-1], _Earlier(settings, rest, len(ids), tuple(segments), marks))
         return marks
 
     def renew(self) -> None:
@@ -158,30 +188,34 @@ class Salts:
         self, ids: TokenIds, plain: Sequence[bytes], settings: str, segments: Sequence[Segment], first_block: int
     ) -> _Earlier | None:
         """The longest earlier prompt that this one begins with and that was blended alike, itself included."""
+        if self._earlier.keys().isdisjoint(plain):  # as most prompts are, and much faster to find out
+            return None
         for blocks in range(len(plain), 0, -1):
-            for earlier in self._earlier.get((plain[blocks - 1], settings), ()):
+            for earlier in self._earlier.get(plain[blocks - 1], ()):
                 rest = ids[blocks * self._block_size :].tobytes()
                 if (
-                    rest.startswith(earlier.rest)
+                    earlier.settings == settings
+                    and rest.startswith(earlier.rest)
                     and earlier.marks[0][0] <= first_block
                     and tuple(s for s in segments if s.start < earlier.length) == earlier.segments
                 ):
                     return earlier
         return None
 
-    def _remember(self, ids: TokenIds, plain: Sequence[bytes], settings: str, prompt: _Earlier) -> None:
-        if not plain:
-            return
-        rest = ids[len(plain) * self._block_size :].tobytes()
-        key = plain[-1], settings
-        others = [earlier for earlier in self._earlier.pop(key, ()) if earlier.rest != rest]
-        self._earlier[key] = [dataclasses.replace(prompt, rest=rest), *others[: _ENDINGS - 1]]
+    def _remember(self, last_block: bytes, prompt: _Earlier) -> None:
+        ending = prompt.settings, prompt.rest
+        others = [one for one in self._earlier.pop(last_block, ()) if (one.settings, one.rest) != ending]
+        self._earlier[last_block] = [prompt, *others[: _ENDINGS - 1]]
         if len(self._earlier) > _REMEMBERED:
             self._earlier.popitem(last=False)
 
-    def _digest(self, settings: str, segments: Sequence[Segment], read: TokenIds) -> str:
+    def _digest(self, settings: str, segments: Sequence[Segment], plain: Sequence[bytes], read: TokenIds) -> str:
         hasher = hashlib.blake2b(digest_size=16)
-        for part in (str(self._age), self._scope.digest, settings, repr(segments)):
+        places = ";".join(f"{s.start},{s.length},{s.key},{s.offset}" for s in segments)
+        for part in (str(self._age), self._scope_digest, settings, places):
             hasher.update(f"{len(part)}:{part}".encode())
-        hasher.update(read.tobytes())
+        blocks = min(len(plain), len(read) // self._block_size)
+        if blocks:
+            hasher.update(plain[blocks - 1])  # a hash of all tokens before, too
+        hasher.update(read[blocks * self._block_size :].tobytes())
         return hasher.hexdigest()

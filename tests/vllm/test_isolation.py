@@ -234,23 +234,96 @@ def make_request() -> Callable[[list[int]], Any]:
 def test_salted_hashes_meet_no_plain_ones(
     make_request: Callable[[list[int]], Any], ids: list[int], generated: list[int], share: float, data: st.DataObject
 ) -> None:
-    """From the first blended block on all hashes differ, tokens generated later included; before it none does."""
+    """From the first blended block on all hashes differ, tokens generated later included; before it none does.
+
+    Salted again, before or after something was generated, a request is as one that was salted so at once.
+    """
     first = int(share * (len(ids) - 1)) // 4
-    plain, salted, twin, resalted = (make_request(ids) for _ in range(4))
-    BlockHashes(salted).salt(((first, "a"),))
-    BlockHashes(twin).salt(((first, "a"),))
-    hashes = BlockHashes(resalted)
-    hashes.salt(((first, "a"),))
     earlier = data.draw(st.integers(0, first))
+    plain, salted, resalted, resumed, at_once = (make_request(ids) for _ in range(5))
+    BlockHashes(salted).salt(((first, "a"),))
+    BlockHashes(at_once).salt(((earlier, "a"),))
+    hashes, later = BlockHashes(resalted), BlockHashes(resumed)
+    hashes.salt(((first, "a"),))
     hashes.salt(((earlier, "a"),))
-    for request in (plain, salted, twin, resalted):
+    later.salt(((first, "a"),))
+    for request in (plain, salted, resalted, resumed, at_once):
         request.append_output_token_ids(generated)
         assert len(request.block_hashes) == (len(ids) + len(generated)) // 4
+    later.salt(((earlier, "a"),))
     assert salted.block_hashes[:first] == plain.block_hashes[:first]
     assert not set(salted.block_hashes[first:]) & set(plain.block_hashes)
-    assert salted.block_hashes == twin.block_hashes
+    assert resalted.block_hashes == resumed.block_hashes == at_once.block_hashes
     assert resalted.block_hashes[:earlier] == plain.block_hashes[:earlier]
     assert not set(resalted.block_hashes[earlier:]) & set(plain.block_hashes)
+
+
+marks_of_a_prompt = st.dictionaries(st.integers(0, 12), st.sampled_from("ab"), min_size=1, max_size=3).map(
+    lambda marks: tuple(sorted(marks.items()))
+)
+
+
+@given(
+    ids=st.lists(st.integers(0, 9), min_size=30, max_size=50),
+    changed=st.integers(0, 80),
+    marks=marks_of_a_prompt,
+    other_marks=marks_of_a_prompt,
+)
+def test_blocks_are_shared_by_what_is_read_and_salted_alike(
+    make_request: Callable[[list[int]], Any], ids: list[int], changed: int, marks: Marks, other_marks: Marks
+) -> None:
+    """Two requests share a block's hash if and only if its plain hash and the marks up to it are the same."""
+    other_ids = list(ids)
+    if changed < len(ids):
+        other_ids[changed] += 10
+    one, other = make_request(ids), make_request(other_ids)
+    plain, other_plain = list(one.block_hashes), list(other.block_hashes)
+    BlockHashes(one).salt(marks)
+    BlockHashes(other).salt(other_marks)
+    for block, (known, asked) in enumerate(zip(one.block_hashes, other.block_hashes, strict=True)):
+        alike = [mark for mark in marks if mark[0] <= block] == [mark for mark in other_marks if mark[0] <= block]
+        assert (known == asked) == (alike and plain[block] == other_plain[block])
+    assert not set(one.block_hashes) & set(other_plain[marks[0][0] :])
+
+
+def test_blocks_are_told_apart_by_what_events_call_them(make_request: Callable[[list[int]], Any]) -> None:
+    """By default vLLM's events name a block by the last 8 bytes of its hash."""
+    requests = [make_request(list(range(40))) for _ in range(3)]
+    BlockHashes(requests[1]).salt(((0, "a"),))
+    BlockHashes(requests[2]).salt(((0, "b"),))
+    names = [block_hash[-8:] for request in requests for block_hash in request.block_hashes]
+    assert len(set(names)) == len(names) == 30
+
+
+def test_hashes_go_on_from_where_a_streamed_prompt_goes_on(make_request: Callable[[list[int]], Any]) -> None:
+    """vLLM takes back what was generated last when more of a prompt comes."""
+    request, at_once = make_request(list(range(30))), make_request([*range(30), 1, 2, 8, 9, 8, 9])
+    BlockHashes(request).salt(((3, "a"),))
+    BlockHashes(at_once).salt(((3, "a"),))
+    request.append_output_token_ids([1, 2, 3, 4, 5, 6])
+    del request._all_token_ids[32:]
+    del request.block_hashes[8:]
+    request.append_output_token_ids([8, 9, 8, 9])
+    assert request.block_hashes == at_once.block_hashes
+
+
+def test_hashes_are_plain_when_salting_fails(make_request: Callable[[list[int]], Any]) -> None:
+    request, plain = make_request(list(range(30))), make_request(list(range(30)))
+    made = request._block_hasher
+
+    def fail(request: Any) -> list[bytes]:
+        raise RuntimeError("no hash")
+
+    request._block_hasher = fail
+    hashes = BlockHashes(request)
+    with pytest.raises(RuntimeError, match="no hash"):
+        hashes.salt(((3, "a"),))
+    assert request._block_hasher is fail
+    assert request.block_hashes == plain.block_hashes
+    request._block_hasher = made
+    for one in (request, plain):
+        one.append_output_token_ids([1, 2, 3, 4])
+    assert request.block_hashes == plain.block_hashes
 
 
 def salts() -> Salts:
@@ -274,6 +347,32 @@ def test_a_renewed_salt_is_another(make_request: Callable[[list[int]], Any]) -> 
     assert chooser.choose(*arguments) == others
     chooser.renew()
     assert chooser.choose(*arguments) not in (marks, others)
+
+
+def test_every_token_counts_without_block_hashes_too() -> None:
+    """VLLM makes none if it caches no prefixes; the workers still tell prompts apart by their salts."""
+    ids = np.arange(30, dtype=np.int32)
+    marks = set()
+    for changed in range(len(ids)):
+        other = ids.copy()
+        other[changed] += 100
+        marks.add(salts().choose(other, (), [Segment(4, 20, "k", 0)], BlendConfig(), 1))
+    assert len(marks) == len(ids)
+
+
+def test_settings_are_remembered_beside_each_other(make_request: Callable[[list[int]], Any]) -> None:
+    """A next turn finds the turn before it that was asked for with the same settings."""
+    segments = [Segment(4, 20, "k", 0)]
+    chooser = salts()
+
+    def choose(ids: list[int], ratio: float) -> Marks:
+        plain = hashes_of(make_request, ids)
+        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(recompute_ratio=ratio), 1)
+
+    first, second = choose([*range(28), 1], 0.1), choose([*range(28), 1], 0.2)
+    assert first != second
+    assert choose([*range(28), 1, 5, 6, 7, 8, 9], 0.1) == first
+    assert choose([*range(28), 1, 5, 6, 7, 8, 9], 0.2) == second
 
 
 def test_another_question_within_the_last_block_is_no_second_turn(make_request: Callable[[list[int]], Any]) -> None:
