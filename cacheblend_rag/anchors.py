@@ -107,20 +107,33 @@ def _kgram_hashes(ids: TokenIds) -> Hashes:
     """Hashes of all k-grams, uint64 ``[tokens - GRAM + 1]``, or ``[0]``: pairs of tokens, pairs of pairs, and so on."""
     if len(ids) < GRAM:
         return np.zeros(0, np.uint64)
-    hashes = _mix(np.asarray(ids, np.int32).view(np.uint32).astype(np.uint64))
+    hashes = np.asarray(ids, np.int32).view(np.uint32).astype(np.uint64)
+    other = np.empty_like(hashes)  # two arrays in turn: making new ones takes as long as filling them
+    _mix(hashes, other)
     span = 1
     while span < GRAM:
-        hashes = _mix(hashes[:-span] * np.uint64(0x9E3779B97F4A7C15) + hashes[span:])
+        size = len(hashes) - span
+        pairs = np.multiply(hashes[:size], np.uint64(0x9E3779B97F4A7C15), out=other[:size])
+        pairs += hashes[span:]
+        hashes, other = pairs, hashes[:size]
+        _mix(hashes, other)
         span *= 2
     return hashes
 
 
-def _mix(x: Hashes) -> Hashes:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: Hashes, shifted: Hashes) -> None:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), in place.
+
+    Args:
+        x: What to mix.
+        shifted: As large; overwritten.
+    """
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x ^= np.right_shift(x, np.uint64(30), out=shifted)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= np.right_shift(x, np.uint64(27), out=shifted)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
 
 
 def _sliding(smaller_or_larger: np.ufunc, values: Hashes, width: int) -> Hashes:

@@ -23,6 +23,7 @@ class ChunkLibrary:
     def __init__(self, store: ChunkStore, scope: ChunkScope) -> None:
         self.store = store
         self.scope = scope
+        self._scope_digest = scope.digest
         self._index = AnchorIndex()
         self._cursor = 0
         self._lock = threading.Lock()
@@ -35,7 +36,7 @@ class ChunkLibrary:
             exclude: Keys of chunks to treat as not there.
         """
         with self._lock:
-            self._cursor, added = self.store.added_since(self.scope.digest, self._cursor)
+            self._cursor, added = self.store.added_since(self._scope_digest, self._cursor)
             self._index.add(added)
             return self._index.match(prompt_ids, self.store.ids, exclude)
 
@@ -53,7 +54,7 @@ class ChunkLibrary:
 
     def keys_since(self, cursor: int) -> tuple[int, list[str]]:
         """Some of the scope's keys, see :meth:`ChunkStore.keys_since`."""
-        return self.store.keys_since(self.scope.digest, cursor, _KEYS_AT_ONCE)
+        return self.store.keys_since(self._scope_digest, cursor, _KEYS_AT_ONCE)
 
     def evict(self, chunk_ids: TokenIds) -> bool:
         """Remove a chunk; False if it wasn't stored."""

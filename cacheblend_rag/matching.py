@@ -40,6 +40,10 @@ over and over would otherwise need as many as there are repeats."""
 _COMPARE_OVERHEAD = 256  # tokens that could be compared in the time it takes to set about it
 _BATCH_CHUNKS = 1 << 16
 
+_Run = tuple[int, str, int, int]
+"""Equal tokens of a chunk and the prompt: minus their number, key, first place in the chunk, and in the prompt. The
+smaller one is taken first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -155,6 +159,8 @@ class AnchorIndex:
         known_ids = functools.cache(chunk_ids)
         while self._tables:
             postings = self._postings(anchors.hashes, exclude)
+            if postings is None:
+                break
             try:
                 return _cover(prompt_ids[:-1], _Votes(anchors, postings), known_ids)
             except _ChunkGoneError:
@@ -164,14 +170,24 @@ class AnchorIndex:
                         self.discard(key)
         return []
 
-    def _postings(self, hashes: Hashes, exclude: Collection[str]) -> Postings:
-        """The first ``MAX_POSTINGS`` occurrences, by key and offset, of each hash in any table."""
+    def _postings(self, hashes: Hashes, exclude: Collection[str]) -> Postings | None:
+        """The first ``MAX_POSTINGS`` occurrences, by key and offset, of each hash in any table; None: there is none."""
         wanted, group_of = np.unique(hashes, return_inverse=True)
         found = [table.postings(wanted, table.alive_without(exclude)) for table in self._tables]
-        keys = np.concatenate([table.keys[numbers] for table, (_, numbers, _) in zip(self._tables, found, strict=True)])
-        keys, chunks = np.unique(keys, return_inverse=True)
+        if not any(len(groups) for groups, _, _ in found):
+            return None
+        used_keys, places, count = [], [], 0
+        for table, (_, numbers, _) in zip(self._tables, found, strict=True):
+            # By the table's own numbers first: they are faster to sort than keys, of which few are left then.
+            used, places_in_used = np.unique(numbers, return_inverse=True)
+            used_keys.append(table.keys[used])
+            places.append(count + places_in_used)
+            count += len(used)
+        keys, number_of = np.unique(np.concatenate(used_keys), return_inverse=True)
+        chunks = number_of[np.concatenate(places)]
         groups, offsets = (np.concatenate([columns[i] for columns in found]) for i in (0, 2))
-        order = np.lexsort((offsets, chunks, groups))
+        # All of a chunk's postings come from one table, and in order: sorted stably they stay so, and quickly.
+        order = np.argsort(groups * len(keys) + chunks, kind="stable")
         order = order[places_in_groups(groups[order]) < MAX_POSTINGS]
         counts = np.bincount(groups[order], minlength=len(wanted))
         return Postings(keys, chunks[order], offsets[order], (np.cumsum(counts) - counts)[group_of], counts[group_of])
@@ -216,16 +232,21 @@ class _Votes:
         They cover the k-grams of all anchors that have any, and are at most as many as anchors, however many alignments
         there are.
         """
-        if not len(self.anchors):
-            return self.alignments
         first_votes = np.flatnonzero(np.diff(self.anchors, prepend=-1))
-        return np.unique(np.minimum.reduceat(self.alignments, first_votes))
+        return self._ascending(np.minimum.reduceat(self.alignments, first_votes))
 
-    def touching(self, flags: Flags) -> Indices:
-        """The alignments of all anchors whose k-gram has a flagged token, ascending."""
+    def others_touching(self, flags: Flags, best: Indices) -> Indices:
+        """The alignments, but for the best ones, of all anchors whose k-gram has a flagged token, ascending."""
         before = np.concatenate([[0], np.cumsum(flags)])
         touching = before[np.minimum(self.places + GRAM, len(flags))] > before[self.places]
-        return np.unique(self.alignments[touching[self.anchors]])
+        return self._ascending(self.alignments[touching[self.anchors]], best)
+
+    def _ascending(self, alignments: Indices, without: Indices | None = None) -> Indices:
+        chosen = np.zeros(len(self._codes), np.bool_)
+        chosen[alignments] = True
+        if without is not None:
+            chosen[without] = False
+        return np.flatnonzero(chosen)
 
     def chunk_and_shift(self, alignments: Indices) -> list[tuple[str, int]]:
         """Key and shift of alignments."""
@@ -245,14 +266,14 @@ def _cover(prompt_ids: TokenIds, votes: _Votes, chunk_ids: Callable[[str], Token
     gaps = np.zeros_like(free)
     for start, end in _long_runs(free):
         gaps[start:end] = True
-    others = np.setdiff1d(votes.touching(gaps), best, assume_unique=True)
+    others = votes.others_touching(gaps, best)
     segments += _take(_equal_runs(prompt_ids, votes.chunk_and_shift(others), chunk_ids), free)
     return sorted(segments, key=lambda segment: segment.start)
 
 
 def _equal_runs(
     prompt_ids: TokenIds, alignments: Iterable[tuple[str, int]], chunk_ids: Callable[[str], TokenIds | None]
-) -> Iterator[Segment]:
+) -> Iterator[_Run]:
     """Runs of at least ``MIN_RUN`` equal tokens on the alignments, best first, as far as ``MAX_COMPARED`` allows."""
     budget = MAX_COMPARED * len(prompt_ids)
     for key, shift in alignments:
@@ -266,19 +287,13 @@ def _equal_runs(
             return
         equal = prompt_ids[start:end] == tokens[start - shift : end - shift]
         for first, last in _long_runs(equal):
-            yield Segment(start + first, last - first, key, start + first - shift)
+            yield first - last, key, start + first - shift, start + first
 
 
-def _take(runs: Iterable[Segment], free: Flags) -> list[Segment]:
+def _take(runs: Iterable[_Run], free: Flags) -> list[Segment]:
     """The longest run on free positions, the longest of what that leaves of the others, and so on; marks them taken."""
-    heap: list[tuple[int, str, int, int]] = []
-
-    def push(start: int, end: int, key: str, offset: int) -> None:
-        for first, last in _long_runs(free[start:end]):
-            heapq.heappush(heap, (first - last, key, offset + first, start + first))
-
-    for run in runs:
-        push(run.start, run.end, run.key, run.offset)
+    heap = list(runs)
+    heapq.heapify(heap)
     taken = []
     while heap:
         minus_length, key, offset, start = heapq.heappop(heap)
@@ -287,12 +302,15 @@ def _take(runs: Iterable[Segment], free: Flags) -> list[Segment]:
             free[start:end] = False
             taken.append(Segment(start, end - start, key, offset))
         else:
-            push(start, end, key, offset)
+            for first, last in _long_runs(free[start:end]):
+                heapq.heappush(heap, (first - last, key, offset + first, start + first))
     return taken
 
 
 def _long_runs(flags: Flags) -> list[tuple[int, int]]:
     """Start and end of each run of at least ``MIN_RUN`` True values."""
+    if len(flags) >= MIN_RUN and flags.all():  # in haste: most chunks are met whole
+        return [(0, len(flags))]
     padded = np.zeros(len(flags) + 2, np.bool_)
     padded[1:-1] = flags
     edges = np.flatnonzero(padded[1:] != padded[:-1]).reshape(-1, 2)

@@ -185,7 +185,7 @@ class Postings(NamedTuple):
 def expand_ranges(starts: Indices, counts: Indices) -> tuple[Indices, Indices]:
     """The integers ``starts[i], ..., starts[i] + counts[i] - 1`` for each i one after another, and the i of each."""
     owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, starts[owners] + places_in_groups(owners)
+    return owners, np.arange(len(owners)) + (starts - np.cumsum(counts) + counts)[owners]
 
 
 def places_in_groups(groups: Indices) -> Indices:

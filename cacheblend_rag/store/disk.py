@@ -164,7 +164,7 @@ class DiskStore:
     def ids(self, key: str) -> TokenIds | None:
         """See :meth:`ChunkStore.ids`."""
         known = self._known_ids.get(key)
-        if known is not None and os.path.exists(self._path(key)):
+        if known is not None and self._has_file(key):
             return known  # a key has the same ids for ever
         ids = self._manifest.ids(key)
         with self._mutex:
@@ -179,7 +179,7 @@ class DiskStore:
         """See :meth:`ChunkStore.__contains__`."""
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             return False
-        return os.path.exists(self._path(key)) and key in self._manifest
+        return self._has_file(key) and key in self._manifest
 
     def delete(self, key: str) -> bool:
         """See :meth:`ChunkStore.delete`.
@@ -271,6 +271,10 @@ class DiskStore:
 
     def _path(self, key: str) -> Path:
         return self._chunks / key[:2] / f"{key}{_SUFFIX}"
+
+    def _has_file(self, key: str) -> bool:
+        # Asked of every chunk in every prompt: making a Path would take longer than looking.
+        return os.path.exists(f"{self._chunks}/{key[:2]}/{key}{_SUFFIX}")
 
     def _files(self) -> Iterator[Path]:
         """Every file that is, or is where there should be, a chunk."""
