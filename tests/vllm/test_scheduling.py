@@ -70,6 +70,33 @@ def preemptions(case: Case) -> Iterator[list[str]]:
     del owner._preempt_request
 
 
+def test_what_can_not_pay_is_not_matched(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a short prompt nor one of which little is left behind the prefix cache."""
+    library = connectors(case.engine)[0]._scheduler._library
+    match, matched = library.match, []
+    monkeypatch.setattr(library, "match", lambda ids: matched.append(len(ids)) or match(ids))
+    prompt = case.prompt(0)
+    tokens = len(case.ids(prompt))
+
+    def ask(least: int) -> Any:
+        return case.engine.generate(prompt, max_tokens=1, blend={"mode": "auto", "min_reused_tokens": least}).stats
+
+    stats = ask(tokens)
+    assert (stats.decision, stats.reason) == (
+        "prefill",
+        f"{tokens - 1} tokens could be reused, min_reused_tokens is {tokens}",
+    )
+    stats = ask(64)
+    assert (stats.decision, stats.prefix_tokens) == ("prefix", (tokens - 1) // BLOCK * BLOCK)
+    assert matched == []
+    forget_prefixes(case.engine)
+    assert ask(tokens - 1).decision == "prefill"  # the chunks are less than the prompt
+    assert ask(64).decision == "prefix"
+    forget_prefixes(case.engine)
+    assert ask(64).decision == "blend"
+    assert matched == [tokens, tokens]
+
+
 def test_a_prompt_longer_than_a_step(case: Case) -> None:
     """Blended tokens cost no budget of the step; passes are sliced to it, hkvd's first layers too."""
     prompt = case.prompt(0)
