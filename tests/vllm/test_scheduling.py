@@ -360,13 +360,14 @@ def slow_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Ev
     the threads that read."""
     scheduler_side, worker_side = connectors(case.engine)
     store = worker_side._worker._store
+    case.engine.generate("Once upon a time", max_tokens=2)  # what was brought before has been told
     store.memory.close()
     monkeypatch.setattr(scheduler_side._scheduler, "_memory", MemoryTier(store.memory.max_bytes))
     go, readers, read = threading.Event(), list[str](), store.disk.get
 
     def slow(key: str) -> Any:
         readers.append(threading.current_thread().name)
-        assert go.wait(timeout=120)
+        assert go.wait(timeout=20)
         return read(key)
 
     monkeypatch.setattr(store.disk, "get", slow)
@@ -379,14 +380,14 @@ def test_requests_wait_for_disk_outside_of_steps(case: Case, slow_disk: tuple[th
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(engine.generate, case.prompt(seed), **settings) for seed in (0, 1)]
         deadline = time.monotonic() + 60
-        while not readers:
-            assert time.monotonic() < deadline
+        while not readers and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert engine.generate("Once upon a time", max_tokens=4).token_ids
-        assert not any(one.done() for one in waiting)
+        meanwhile = engine.generate("Once upon a time", max_tokens=4)
+        early = [one.done() for one in waiting]
         go.set()
         answers = [one.result() for one in waiting]
     assert set(readers) == {"cacheblend-prefetch"}
+    assert meanwhile.token_ids and early == [False, False]
     assert [answer.stats.decision for answer in answers] == ["blend"] * 2
     assert_alike(answers, alone(case, [case.prompt(seed) for seed in (0, 1)], **settings))
 
