@@ -349,15 +349,16 @@ def test_a_renewed_salt_is_another(make_request: Callable[[list[int]], Any]) -> 
     assert chooser.choose(*arguments) not in (marks, others)
 
 
-def test_every_token_counts_without_block_hashes_too() -> None:
-    """VLLM makes none if it caches no prefixes; the workers still tell prompts apart by their salts."""
-    ids = np.arange(30, dtype=np.int32)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_every_token_counts(make_request: Callable[[list[int]], Any], hashed: bool) -> None:
+    """Without block hashes too: vLLM makes none if it caches no prefixes, and workers tell prompts by their salts."""
     marks = set()
-    for changed in range(len(ids)):
-        other = ids.copy()
-        other[changed] += 100
-        marks.add(salts().choose(other, (), [Segment(4, 20, "k", 0)], BlendConfig(), 1))
-    assert len(marks) == len(ids)
+    for changed in range(30):
+        ids = list(range(30))
+        ids[changed] += 100
+        plain = hashes_of(make_request, ids) if hashed else ()
+        marks.add(salts().choose(np.asarray(ids, np.int32), plain, [Segment(4, 10, "k", 0)], BlendConfig(), 1))
+    assert len(marks) == 30
 
 
 def test_settings_are_remembered_beside_each_other(make_request: Callable[[list[int]], Any]) -> None:
