@@ -126,7 +126,6 @@ class TextStream:
         except Exception:  # tokenizers has no type for it
             # Bytes that turn out to be no character can change what is before them. As in vLLM, they are left out.
             self._decoder = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-            self._undecoded.clear()
             text = self._decoder.step(self._tokenizer, token_id)
         if text:
             self._undecoded.clear()

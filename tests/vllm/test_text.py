@@ -48,7 +48,7 @@ def test_token_by_token_it_is_vllms(kind: str, request: pytest.FixtureRequest) -
     @settings(max_examples=300, deadline=None)
     @given(tokens, tokens, st.booleans())
     def check(prompt_ids: list[int], token_ids: list[int], skip: bool) -> None:
-        if tokenizer.decode(prompt_ids).endswith("\ufffd"):
+        if tokenizer.decode(prompt_ids, skip_special_tokens=skip).endswith("\ufffd"):
             return  # vLLM repeats such a prompt in the answer
         theirs = vllm_detokenizer(tokenizer, prompt_ids, skip_special_tokens=skip)
         mine = TextStream(tokenizer, prompt_ids, SamplingParams(skip_special_tokens=skip))
