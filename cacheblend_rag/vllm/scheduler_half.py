@@ -342,6 +342,7 @@ class SchedulerHalf:
                     # The blended blocks of an earlier prompt are gone, but exact ones reach further.
                     plan.marks = ((first_block, plan.marks[-1][1]),)
                     plan.hashes.salt(plan.marks)
+                self._note_brought()
                 if missing := self._memory.missing(dict.fromkeys(segment.key for segment in segments)):
                     self._jobs.prefetches.extend(missing)
                     plan.wait = DiskWait(set(missing))

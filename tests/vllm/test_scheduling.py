@@ -360,14 +360,15 @@ def slow_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Ev
     the threads that read."""
     scheduler_side, worker_side = connectors(case.engine)
     store = worker_side._worker._store
-    case.engine.generate("Once upon a time", max_tokens=2)  # what was brought before has been told
+    case.engine.generate("Once upon a time", max_tokens=2)  # what was brought before has been told,
+    scheduler_side._scheduler._note_brought()  # and heard
     store.memory.close()
     monkeypatch.setattr(scheduler_side._scheduler, "_memory", MemoryTier(store.memory.max_bytes))
     go, readers, read = threading.Event(), list[str](), store.disk.get
 
     def slow(key: str) -> Any:
         readers.append(threading.current_thread().name)
-        assert go.wait(timeout=20)
+        assert go.wait(timeout=8)
         return read(key)
 
     monkeypatch.setattr(store.disk, "get", slow)
