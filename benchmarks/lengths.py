@@ -165,6 +165,8 @@ def run(options: argparse.Namespace) -> None:
                 engine._thread.engine.collective_rpc(make_up_weights)
             tokenizer = AutoTokenizer.from_pretrained(model)
             results["settings"]["dtype"] = engine.scope.fingerprint.dtype
+            scheduling = engine._thread.engine.vllm_config.scheduler_config
+            results["settings"]["max_num_batched_tokens"] = scheduling.max_num_batched_tokens
             results["settings"]["primer_tokens"] = len(engine.scope.primer_ids)
 
             def new(tokens: int) -> list[int]:

@@ -248,6 +248,7 @@ async def measure(
     """Start a system, warm it, and tell of each rate."""
     from transformers import AutoTokenizer
     from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from cacheblend_rag.engines.wire import action_params, parse_answer
@@ -265,12 +266,16 @@ async def measure(
     }
     if system == "cacheblend":
         arguments["kv_transfer_config"] = {**CONNECTOR_CONFIG, "kv_connector_extra_config": store}
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments))
+    # With the defaults of vLLM's server: without a context, steps would be of 2048 tokens on any GPU.
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(model=model, **arguments), usage_context=UsageContext.OPENAI_API_SERVER
+    )
     try:
         if not options.model:
             await engine.collective_rpc(make_up_weights)
         client = Client(engine, options.output_tokens)
         tell.send(("dtype", str(engine.vllm_config.model_config.dtype).removeprefix("torch.")))
+        tell.send(("max_num_batched_tokens", engine.vllm_config.scheduler_config.max_num_batched_tokens))
         started = time.perf_counter()
         if system == "cacheblend":
             for output in await client.read_all(requests.chunks, action_params("warm")):
@@ -414,11 +419,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
             rows = [row for row in found["rates"] if row[name] is not None]
             axes.plot([row["rate"] for row in rows], [row[name] for row in rows], "o-", label=system)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xlabel("requests a second")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter("{x:g}")
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
     left.axhline(GOAL_SECONDS, color="#777777", linestyle="--", linewidth=1)
     left.legend(frameon=False, fontsize=9)
     machine = results["machine"]

@@ -146,14 +146,15 @@ class PagedForward:
         kv = self._model.kv
 
         for part in self._slices(rows):
+            where = upload(part, kv.device)
 
-            def measure(module: Any, args: tuple[torch.Tensor, ...], part: torch.Tensor = part) -> None:
+            def measure(module: Any, args: tuple[torch.Tensor, ...], where: torch.Tensor = where) -> None:
                 key, value = (x.view(-1, kv.num_kv_heads, kv.head_dim) for x in args[1:3])
                 if kernel_passes is not None:
                     kernel_passes.stream.wait(layer)
-                cached = kv.values_at(layer, self.block_ids, part)
+                cached = kv.values_at(layer, self.block_ids, where)
                 found.append((value.float() - cached.float()).square().sum(dim=(1, 2)))
-                kv.write(layer, key, value, self._slots(part))
+                kv.write(layer, key, value, self._slots(where))
                 raise _Stop
 
             with self._in_place(layer), _hooked([attention], before=measure), contextlib.suppress(_Stop):
@@ -173,6 +174,7 @@ class PagedForward:
                     self._run(part)
                 continue
             end = int(asked[-1]) + 1
+            asked = upload(asked, kv.device)
             blocks = self.block_ids[: -(-end // kv.block_size)]
 
             def look(
@@ -205,14 +207,16 @@ class PagedForward:
 
     def slices(self, rows: torch.Tensor) -> list[PromptRows]:
         """Rows as the kernels take them, as many at a time as a pass has room for."""
-        return [PromptRows(self._token_ids, part, self.block_ids) for part in self._slices(rows)]
+        where = upload(rows, self._model.kv.device)
+        return [PromptRows(self._token_ids, part, self.block_ids) for part in self._slices(where)]
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last layer, ``[rows, hidden_size]``."""
-        return run_rows(self._model, self._token_ids[rows], rows, rows, self.block_ids)
+        where = upload(rows, self._model.kv.device)
+        return run_rows(self._model, self._token_ids[where], rows, where, self.block_ids)
 
     def _slices(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(torch.split(upload(rows, self._model.kv.device), self._model.max_rows)) if len(rows) else iter(())
+        return iter(torch.split(rows, self._model.max_rows)) if len(rows) else iter(())
 
     @contextlib.contextmanager
     def _in_place(self, layers: int) -> Iterator[None]:
@@ -242,7 +246,8 @@ def run_rows(
     Args:
         model: The worker's model.
         token_ids: int64 ``[rows]``.
-        rows: int64 ``[rows]``, ascending: places in the block table; a row sees the places up to its own.
+        rows: int64 ``[rows]``, ascending: places in the block table; a row sees the places up to its own. Best on the
+            CPU, or the host waits for the GPU here.
         positions: int64 ``[rows]``: what RoPE is told.
         block_ids: int64 ``[blocks]``: the sequence's block table.
 
@@ -254,13 +259,13 @@ def run_rows(
     bounds = torch.cat([starts, torch.tensor([len(places)])]).to(torch.int32)
     ends = (places[bounds[1:].long() - 1] + 1).to(torch.int32)
     device = model.kv.device
-    slots = slot_mapping(rows, block_ids, model.kv.block_size)
+    slots = slot_mapping(upload(rows, device), block_ids, model.kv.block_size)
     metadata = model.metadata_builder.build(
         0,
         CommonAttentionMetadata(
-            query_start_loc=bounds.to(device),
+            query_start_loc=upload(bounds, device),
             query_start_loc_cpu=bounds,
-            seq_lens=ends.to(device),
+            seq_lens=upload(ends, device),
             num_reqs=len(starts),
             num_actual_tokens=len(places),
             max_query_len=int(bounds.diff().max()),

@@ -107,10 +107,10 @@ def case(request: pytest.FixtureRequest, engines: Engines) -> Case:
 
 
 def noise(case: Case, ids: list[int], plain: torch.Tensor) -> float:
-    """What counts as equal: twice what plain prefill shows against itself in pieces (in float32, too: vLLM's kernels
-    multiply in TF32 there)."""
+    """What counts as equal: twice what plain prefill shows against itself in pieces, large and small, for which other
+    kernels multiply (in float32, too: in TF32)."""
     differences = []
-    for cut in range(len(ids) // 6, len(ids), len(ids) // 6):
+    for cut in (*range(len(ids) // 6, len(ids), len(ids) // 6), *(len(ids) - rows for rows in (200, 100, 50, 20))):
         forget_prefixes(case.engine)
         case.engine.generate(ids[:cut], max_tokens=1, blend={"mode": "off"})
         differences.append(float((first_logits(case, ids, mode="off") - plain).abs().max()))
