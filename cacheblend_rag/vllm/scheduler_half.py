@@ -124,6 +124,7 @@ class SchedulerHalf:
         self._block_size = block_size
         self._step_rows = step_rows
         self._planned_rows = 0  # in this step
+        self._filling: set[bytes] = set()  # hashes of the blocks that this step's blends fill
         self._engine_id = engine_id
         self._box = open_box(engine_id)
         self._memory = MemoryTier(settings.memory_bytes)
@@ -215,10 +216,12 @@ class SchedulerHalf:
         """Whether blocks that were hit have been computed before this step.
 
         vLLM registers blocks when it allocates them. A forward pass may read what it computes itself, but blends come
-        before it: they must not read blocks that are computed in the same step.
+        before it, and side by side: they must not read blocks that are computed or blended in the same step.
         """
         if not hit_hashes:
             return True
+        if not self._filling.isdisjoint(hit_hashes):
+            return False
         coming = {
             block_hash
             for plan in self._plans.values()
@@ -246,6 +249,7 @@ class SchedulerHalf:
         if filled_in:
             hit = len(plan.ids) - 1 - filled_in
             self._planned_rows += plan.rows
+            self._filling.update(request.block_hashes[hit // self._block_size :])
             self._jobs.blends.append(
                 BlendJob(
                     request.request_id,
@@ -281,6 +285,7 @@ class SchedulerHalf:
             time.sleep(_IDLE_SECONDS)
         jobs, self._jobs = self._jobs, StepJobs(self.scope)
         self._planned_rows = 0
+        self._filling.clear()
         return jobs
 
     def step_done(self) -> None:

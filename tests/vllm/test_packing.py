@@ -122,6 +122,20 @@ def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> N
     assert_alike(answers, expected)
 
 
+@pytest.mark.parametrize("policies", [("hkvd", "query_aware"), ("query_aware", "query_aware")], ids=str)
+def test_blends_do_not_read_what_the_step_blends(case: Case, stand_in: StandIn, policies: tuple[str, str]) -> None:
+    """Two prompts with the same beginning, and two that are the same: the first one's blocks are for the next step."""
+    beginning = "These are the rules of the house, and whoever answers keeps to them. " * 3
+    prompts = [beginning + case.prompt(seed) for seed in (80, 81, 81)]
+    blends = [{"policy": policy} for policy in (*policies, policies[1])]
+    expected = [alone(case, [p], blend=b, **SETTINGS)[0] for p, b in zip(prompts, blends, strict=True)]
+    answers = together(
+        case.engine, [(prompt, {"blend": blend, **SETTINGS}) for prompt, blend in zip(prompts, blends, strict=True)]
+    )
+    assert_alike(answers, expected)
+    assert answers[1].stats.prefix_tokens > 0  # it has read the first one's blocks
+
+
 def test_one_that_fails_fails_alone(case: Case, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         reads_question = False
