@@ -34,7 +34,7 @@ test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/qwe
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
-	$(PYTHON) -m pytest -q -rs -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/attention/test_gpu.py tests/engines/test_gpu.py tests/vllm/test_gpu.py
+	$(PYTHON) -m pytest -q -rs -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/attention/test_gpu.py tests/engines/test_gpu.py tests/vllm/test_gpu.py tests/vllm/test_parallel.py
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -56,28 +56,38 @@ def probe(model: PagedModel) -> None:
 
 @torch.inference_mode()
 def probed_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None:
-    """The fast way to run scattered rows, if this worker can have it and it gives what the simple way gives."""
+    """The fast way to run scattered rows, if every rank can have it and it gives what the simple way gives.
+
+    Ranks would not choose the same tokens if some had it and some not: their number is rounded to what a graph holds.
+    """
     try:
         from cacheblend_rag.vllm.kernel_passes import make_kernel_passes  # needs Triton
     except ImportError as error:
         logger.warning("blending runs without its own GPU kernels: %s", error)
         return None
     passes = make_kernel_passes(model, gpu_bytes)
-    if passes is None:
+    if any(model.agree([passes is None])) or passes is None:
         return None
+    fault = _kernel_fault(model, passes)
+    if fault:
+        logger.warning("blending runs without its own GPU kernels: %s", fault)
+    return None if any(model.agree([bool(fault)])) else passes
+
+
+def _kernel_fault(model: PagedModel, passes: KernelPasses) -> str:
+    """What is wrong with the kernels; empty if nothing is."""
     model.kernel_passes = passes
     try:
         errors = _errors(model) | _kernel_errors(model, passes)
-    except Exception:  # the engine starts without them then
-        logger.warning("blending runs without its own GPU kernels: trying them failed", exc_info=True)
-        return None
+    except Exception as error:  # the engine starts without them then
+        logger.debug("trying the kernels failed", exc_info=True)
+        return f"trying them failed ({(str(error) or repr(error)).splitlines()[0]})"
     finally:
         model.kernel_passes = None
     for what, (miss, share) in errors.items():
         if not miss < share * _TOLERANCE[model.kv.dtype]:
-            logger.warning("blending runs without its own GPU kernels: with them, %s (error %.1f%%)", what, 100 * miss)
-            return None
-    return passes
+            return f"with them, {what} (error {miss:.1%})"
+    return ""
 
 
 def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[float, int]]:

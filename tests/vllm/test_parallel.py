@@ -211,6 +211,25 @@ class TestTensorParallel:
         assert len(first) > len(two_ranks["choices"][0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.timeout(900)
+def test_two_gpus_answer_as_one(even_heads: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With the kernels; in float32, which they multiply in TF32 there."""
+    one, two = (in_a_process(even_heads, tmp_path_factory.mktemp("gpus") / "store", ranks) for ranks in (1, 2))
+    first, second = two["choices"]
+    assert first == second
+    assert max(map(len, first)) > 200
+    assert one["stored"] == two["stored"] == len(CHUNKS)
+    for name in one.keys() - NO_ANSWERS:
+        assert one[name]["stats"] == two[name]["stats"]
+        assert one[name]["stats"][0] == "blend"
+        mine, theirs = (dict(map(tuple, found[name]["logprobs"][0])) for found in (one, two))
+        assert max(abs(mine[token] - theirs[token]) for token in mine.keys() & theirs.keys()) < 0.05, name
+    assert two["prefetched"] == [len(CHUNKS)] * 2
+    assert two["with a loss"]["decisions"] == ["blend", "blend"]
+
+
 def quantised(model: str, folder: Path) -> str:
     """The same model with its linear layers in int8, a scale a row, as compressed-tensors stores them."""
     tensors = load_file(Path(model) / "model.safetensors")
