@@ -4,12 +4,13 @@
     python benchmarks/throughput.py --plot-from FILE --plot PICTURE
 
 Requests arrive as a Poisson process, whether earlier ones are answered or not. Each holds some of the warm chunks, no
-chunk twice, in random order (chunk popularity is Zipf's), and a new question. Three systems are asked the same requests
+chunk twice, in random order (chunk popularity is Zipf's), and a new question. The systems are asked the same requests
 at the same times through the same client, vLLM's ``AsyncLLM``, each in a process of its own, one after the other:
 
     plain       vLLM without prefix caching
     prefix      vLLM with prefix caching; every chunk has been read once as the beginning of a prompt
     cacheblend  vLLM with prefix caching and the connector; every chunk is warm
+    cold        vLLM with prefix caching and the connector; none is: what it costs to have it
 
 The first two run without the connector. Times count from when a request was due to arrive. Caches are kept from rate
 to rate, as a server's are.
@@ -46,7 +47,7 @@ from shapes import (
     title,
 )
 
-SYSTEMS = ("plain", "prefix", "cacheblend")
+SYSTEMS = ("plain", "prefix", "cacheblend", "cold")
 MEMORY_BYTES = 34 << 30
 ZIPF = 0.8
 GOAL_SECONDS = 1.0
@@ -264,7 +265,7 @@ async def measure(
         **options.engine_args,
         "enable_prefix_caching": system != "plain",
     }
-    if system == "cacheblend":
+    if system in ("cacheblend", "cold"):
         arguments["kv_transfer_config"] = {**CONNECTOR_CONFIG, "kv_connector_extra_config": store}
     # With the defaults of vLLM's server: without a context, steps would be of 2048 tokens on any GPU.
     engine = AsyncLLM.from_engine_args(
@@ -280,7 +281,7 @@ async def measure(
         if system == "cacheblend":
             for output in await client.read_all(requests.chunks, action_params("warm")):
                 parse_answer(output.kv_transfer_params)  # raises what went wrong
-        elif system == "prefix":
+        elif system in ("prefix", "cold"):
             await client.read_all(requests.chunks)
         if system != "plain":
             seconds = time.perf_counter() - started
@@ -330,7 +331,6 @@ def run(options: argparse.Namespace) -> int:
         model, needed, primer = prepare_model(options, Path(directory, "model"))
         store = ConnectorSettings.parse(
             {
-                "store": str(Path(directory, "store")),
                 "memory_bytes": MEMORY_BYTES if options.memory_bytes is None else options.memory_bytes,
                 "primer": primer,
                 "blend": options.blend,
@@ -345,8 +345,9 @@ def run(options: argparse.Namespace) -> int:
             results["systems"][system] = found
             listen, tell = multiprocessing.Pipe(duplex=False)
             # Spawned: the GPU's memory is free again when it ends, and nothing of vLLM is shared.
+            own_store = {**store, "store": str(Path(directory, system))}
             process = multiprocessing.get_context("spawn").Process(
-                target=run_system, args=(system, model, needed, store, options, tell)
+                target=run_system, args=(system, model, needed, own_store, options, tell)
             )
             process.start()
             tell.close()

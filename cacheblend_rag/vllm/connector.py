@@ -127,6 +127,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return KVConnectorMetadata()
         nothing = StepJobs(self._scheduler.scope)
         jobs = self._guard("build_connector_meta", nothing, self._scheduler.build_jobs, scheduler_output)
+        if jobs is nothing:  # what was planned is prefilled; the next step has plans of its own
+            self._scheduler.forget_jobs()
         planned = {job.request_id for job in jobs.blends}
         jobs.prefills = [job for request_id, job in self._promised.items() if request_id not in planned]
         self._promised.clear()

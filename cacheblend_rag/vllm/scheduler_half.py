@@ -283,10 +283,15 @@ class SchedulerHalf:
         waits = (plan.wait for plan in self._plans.values() if plan.wait is not None)
         if not scheduler_output.num_scheduled_tokens and not all(wait.is_over for wait in waits):
             time.sleep(_IDLE_SECONDS)
-        jobs, self._jobs = self._jobs, StepJobs(self.scope)
+        jobs = self._jobs
+        self.forget_jobs()
+        return jobs
+
+    def forget_jobs(self) -> None:
+        """Begin the next step."""
+        self._jobs = StepJobs(self.scope)
         self._planned_rows = 0
         self._filling.clear()
-        return jobs
 
     def step_done(self) -> None:
         """A step's output has been processed."""

@@ -170,7 +170,8 @@ def test_a_step_blends_no_more_than_it_may(engines: Engines, model: str, step_ro
     engine = engines.get(model, engine_args={"block_size": BLOCK})
     engine.warm(CHUNKS)
     case = Case(engine, CHUNKS)
-    prompts = [case.prompt(seed) for seed in range(40, 44)]
+    # None waits for blocks that another one fills.
+    prompts = [f"Reader {seed}: {case.prompt(seed)}" for seed in range(40, 44)]
     settings = {"max_tokens": 4, "logprobs": 2, "blend": {"mode": "blend"}}
     expected = alone(case, prompts, **settings)
     connector = connectors(engine)[0]
