@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def run_demo(models: Path, work: Path, *options: str) -> str:
     command = [sys.executable, "examples/demo.py", "--models", str(models), "--work", str(work), *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,6 +28,7 @@ def models(smollm2: str) -> Path:
     return models
 
 
+@pytest.mark.timeout(1200)  # a CPU without wide vectors takes minutes
 def test_demo_twice(models: Path, tmp_path: Path) -> None:
     first = run_demo(models, tmp_path / "work", "--questions", "2")
     for shown in ("of 72 documents indexed and warm", "full prefill", "blend", "chunks from:", "times sooner", "gold:"):
