@@ -365,11 +365,12 @@ def slow_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Ev
     scheduler_side._scheduler._note_brought()  # and heard
     store.memory.close()
     monkeypatch.setattr(scheduler_side._scheduler, "_memory", MemoryTier(store.memory.max_bytes))
+    monkeypatch.setattr("cacheblend_rag.vllm.waiting._MOST_SECONDS", 60.0)  # not over before a slow machine is ready
     go, readers, read = threading.Event(), list[str](), store.disk.get
 
     def slow(key: str) -> Any:
         readers.append(threading.current_thread().name)
-        assert go.wait(timeout=8)
+        assert go.wait(timeout=60)
         return read(key)
 
     monkeypatch.setattr(store.disk, "get", slow)
