@@ -23,7 +23,7 @@ class ModelFingerprint:
         config: Digest of the model's config, RoPE parameters included.
         tokenizer: Digest of the tokenizer.
         dtype: Dtype of the computation, such as ``"bfloat16"``.
-        codec: How the KV is stored; ``"raw"`` keeps it bit for bit.
+        codec: How the KV is kept, see ``store/codecs.py``; ``"raw"`` keeps it bit for bit.
     """
 
     name: str = dataclasses.field(compare=False)
@@ -82,7 +82,9 @@ class ChunkKV:
         scope: Who may read it.
         ids: Token ids, int32 ``[tokens]``.
         start: Position of the first token when the KV was computed: its keys carry RoPE for ``start + i``.
-        kv: ``[layers, 2, tokens, kv_heads, head_dim]`` in the model's dtype, keys at index 0, values at 1, on the CPU.
+        kv: ``[layers, 2, tokens, kv_heads, head_dim]``, keys at index 0, values at 1, on the CPU; in the model's dtype,
+            or as the fingerprint's codec keeps it.
+        scales: float32 ``[layers, 2, kv_heads]``: what ``kv`` was divided by; None: by nothing.
     """
 
     key: str
@@ -90,11 +92,12 @@ class ChunkKV:
     ids: TokenIds
     start: int
     kv: torch.Tensor
+    scales: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of KV."""
-        return self.kv.numel() * self.kv.element_size()
+        return self.kv.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 def _digest(*parts: str) -> str:

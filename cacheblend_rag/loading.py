@@ -41,6 +41,7 @@ def load_engine(
     device: str = "auto",
     primer: str | None = None,
     namespace: str = "default",
+    codec: str = "raw",
     base_url: str | None = None,
     chat_template: str | os.PathLike[str] | None = None,
     engine_args: Mapping[str, Any] | None = None,
@@ -61,6 +62,8 @@ def load_engine(
             prefix that all prompts begin with to have that prefix, and the first chunk, reused exactly. Another primer,
             other chunks.
         namespace: Tenant: chunks of one namespace are never found from another.
+        codec: How chunk KV is kept: ``"raw"``, bit for bit, or ``"fp8"``, as 8-bit floats, in half the bytes of
+            bfloat16. Another codec, other chunks.
         base_url: Address of the server, such as ``"http://localhost:8000/v1"``. It has loaded model, store and primer
             itself: what is given here of them must be what it has, or None.
         chat_template: In place of the model's own: a Jinja template, or a file that holds it.
@@ -87,7 +90,7 @@ def load_engine(
         for name, value in {"store": store, "primer": primer, "chat_template": chat_template}.items():
             if value is not None:
                 raise ConfigError(f"{name} is the server's to set, where it is started: leave it out")
-        for name, value, default in (("dtype", dtype, "auto"), ("device", device, "auto")):
+        for name, value, default in (("dtype", dtype, "auto"), ("device", device, "auto"), ("codec", codec, "raw")):
             if value != default:
                 raise ConfigError(f"{name} is the server's to set, where it is started: leave it out")
         return ServerEngine(
@@ -101,6 +104,7 @@ def load_engine(
         "device": device,
         "primer": primer,
         "namespace": namespace,
+        "codec": codec,
         "chat_template": None if chat_template is None else os.fspath(chat_template),
         "engine_args": engine_args or {},
     }

@@ -41,6 +41,9 @@ Primer = Annotated[
         help="Text that every chunk is prefilled behind, instead of the built-in one; the same for ingest and query.",
     ),
 ]
+Codec = Annotated[
+    str, typer.Option(metavar="CODEC", help="How chunk KV is kept: raw, or fp8 (half the bytes of bfloat16).")
+]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -54,6 +57,7 @@ def open_engine(
     engine: str,
     base_url: str | None,
     namespace: str,
+    codec: str,
     primer: Path | None,
     dtype: str,
     device: str,
@@ -79,6 +83,7 @@ def open_engine(
             device=device,
             primer=primer_text,
             namespace=namespace,
+            codec=codec,
         )
     with loaded:
         yield loaded

@@ -44,6 +44,7 @@ def query(
     compare: Annotated[bool, typer.Option("--compare", help="Answer by full prefill too.")] = False,
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
+    codec: options.Codec = "raw",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     json: options.Json = False,
@@ -62,6 +63,7 @@ def query(
         engine=engine,
         base_url=base_url,
         namespace=namespace,
+        codec=codec,
         primer=primer,
         dtype=dtype,
         device=device,
@@ -124,8 +126,9 @@ def _what_store_lacks(engine: Engine, engine_name: str, store: Path) -> str:
 
 def _describe(scope: ChunkScope, mine: ChunkScope) -> str:
     model = scope.fingerprint
+    codec = "" if model.codec == "raw" else f", codec {model.codec}"
     other_primer = ", another primer" if scope.primer_ids != mine.primer_ids else ""
-    return f"{model.name} ({model.dtype}, namespace {scope.namespace}{other_primer})"
+    return f"{model.name} ({model.dtype}{codec}, namespace {scope.namespace}{other_primer})"
 
 
 def _as_json(answer: Generation, full: Generation | None, passages: Sequence[Passage]) -> dict[str, Any]:

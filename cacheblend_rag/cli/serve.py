@@ -21,6 +21,7 @@ def serve(
     store: options.Store,
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
+    codec: options.Codec = "raw",
     ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute, from 0 to 1.")] = 0.15,
     policy: Annotated[str, typer.Option(help="How tokens are chosen for that.")] = "query_aware",
     mode: Annotated[
@@ -55,6 +56,7 @@ def serve(
             "max_bytes": None if max_gib is None else int(max_gib * 2**30),
             "namespace": namespace,
             "primer": DEFAULT_PRIMER if primer is None else options.read_text(primer),
+            "codec": codec,
             "blend": {
                 "recompute_ratio": ratio,
                 "policy": policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import threading
@@ -28,6 +29,7 @@ from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.store import ChunkStore
+from cacheblend_rag.store.codecs import check_codec
 from cacheblend_rag.structured import structural_tag
 
 logger = logging.getLogger(__name__)
@@ -57,9 +59,11 @@ class TransformersEngine(Engine):
         device: str,
         primer: str | None,
         namespace: str,
+        codec: str,
         chat_template: str | None,
         engine_args: Mapping[str, Any],
     ) -> None:
+        check_codec(codec)
         self.model_name = model
         self.blend = blend
         self._lock = threading.Lock()
@@ -73,7 +77,8 @@ class TransformersEngine(Engine):
         self._chunk_room = self._loaded.full_attention_tokens - len(primer_ids)
         if self._chunk_room < 1:
             raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
-        self.scope = ChunkScope(namespace, self._loaded.fingerprint, tuple(primer_ids.tolist()))
+        fingerprint = dataclasses.replace(self._loaded.fingerprint, codec=codec)
+        self.scope = ChunkScope(namespace, fingerprint, tuple(primer_ids.tolist()))
         self._library = ChunkLibrary(store, self.scope)
         self._prefetcher = Prefetcher(self._bring, batch=1)
         self._prompts: PromptReader | None = PromptReader(self._loaded, self._library)

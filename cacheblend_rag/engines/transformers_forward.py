@@ -18,6 +18,7 @@ from cacheblend_rag.attention.rows import RowAttention, attend_and_watch
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.rope import RotaryTable, rotate_keys, shift_table
+from cacheblend_rag.store.codecs import decode
 
 ATTENTION_NAME = "cacheblend"
 
@@ -57,16 +58,17 @@ class PromptForward:
 
     def place(self, chunk: ChunkKV, offset: int, length: int, start: int) -> None:
         """Copy ``length`` tokens of a chunk, from its ``offset`` on, to positions ``start ..``, keys shifted there."""
-        source = chunk.kv[:, :, offset : offset + length]
         target = self._kv[:, :, start : start + length]
         old_start = chunk.start + offset
-        if old_start == start:
-            target.copy_(source)
-            return
-        target[:, 1] = source[:, 1]
         shift = shift_table(self._rotary(old_start, length), self._rotary(start, length))
         for layer in range(self.num_layers):  # one at a time: the float32 copies stay in the CPU's cache
-            rotate_keys(source[layer, 0].to(target.device), shift, out=target[layer, 0])
+            scales = None if chunk.scales is None else chunk.scales[layer].to(target.device)
+            source = chunk.kv[layer, :, offset : offset + length].to(target.device)
+            keys, target[layer, 1] = decode(source, scales, target.dtype)
+            if old_start == start:
+                target[layer, 0] = keys
+            else:
+                rotate_keys(keys, shift, out=target[layer, 0])
 
     def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
         """See :meth:`blending.BlendForward.deviations`."""

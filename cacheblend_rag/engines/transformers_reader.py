@@ -21,6 +21,7 @@ from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.store.codecs import encode
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class PromptReader:
         kv[:, :, :primer] = self._primer_kv
         self._forward(np.concatenate([self._primer_ids, ids]), kv).recompute(torch.arange(primer, total))
         scope = self._library.scope
-        return ChunkKV(scope.key(ids), scope, ids, primer, kv[:, :, primer:].cpu().contiguous())
+        encoded, scales = encode(kv[:, :, primer:].cpu().contiguous(), scope.fingerprint.codec)
+        return ChunkKV(scope.key(ids), scope, ids, primer, encoded, scales)
 
     @torch.inference_mode()
     def read_prompt(self, ids: TokenIds, total: int, config: BlendConfig) -> ReadPrompt:

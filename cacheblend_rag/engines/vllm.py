@@ -63,6 +63,7 @@ class VllmEngine(ConnectedEngine):
         device: str,
         primer: str | None,
         namespace: str,
+        codec: str,
         chat_template: str | None,
         engine_args: Mapping[str, Any],
     ) -> None:
@@ -79,6 +80,7 @@ class VllmEngine(ConnectedEngine):
             {
                 **_store_settings(store),
                 "namespace": namespace,
+                "codec": codec,
                 "primer": DEFAULT_PRIMER if primer is None else primer,
                 "on_unsupported": arguments.pop("on_unsupported", "refuse"),
                 "gpu_bytes": arguments.pop("gpu_bytes", 0),

@@ -4,8 +4,8 @@ The files are plain safetensors and open with the safetensors package. It isn't 
 GIL or map the file (an I/O error then kills the process instead of being a miss), and because its metadata is
 outside any checksum: a flipped bit in ``start`` would shift keys to the wrong place.
 
-Layout: tensor ``kv`` first (aligned to 64 bytes), then ``ids``. Metadata: ``format``, ``key``, ``scope`` (JSON),
-``start``, ``checksum``.
+Layout: tensor ``kv`` first (aligned to 64 bytes), then ``scales`` if there are any, then ``ids``. Metadata: ``format``,
+``key``, ``scope`` (JSON), ``start``, ``checksum``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cacheblend_rag.chunks import ChunkKV, ChunkScope, TokenIds
 # versions refuse the store before they read such a file.
 FORMAT = "cacheblend-chunk-1"
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 _ALIGNMENT = 64
@@ -47,7 +47,7 @@ class ChunkHeader:
         start: Position its keys were rotated for.
         dtype: safetensors name of the dtype of ``kv``.
         shape: Shape of ``kv``: layers, 2, tokens, kv_heads, head_dim.
-        checksum: xxh3_128 over all the above, then ``kv``, then ``ids`` (32 hex digits).
+        checksum: xxh3_128 over all the above, then the tensors (32 hex digits).
     """
 
     key: str
@@ -63,13 +63,29 @@ class ChunkHeader:
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
     @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Shape of ``scales``, which go with 8-bit floats: layers, 2, kv_heads."""
+        layers, two, _, heads, _ = self.shape
+        return (layers, two, heads) if self.dtype == "F8_E4M3" else (0,)
+
+    @property
+    def scales_bytes(self) -> int:
+        """Size of ``scales``."""
+        return math.prod(self.scales_shape) * 4
+
+    @property
     def ids_bytes(self) -> int:
         """Size of ``ids``."""
         return self.shape[2] * 4
 
     def to_json(self) -> str:
         """The safetensors header."""
-        kv, end = self.kv_bytes, self.kv_bytes + self.ids_bytes
+        kv = self.kv_bytes
+        scales = kv + self.scales_bytes
+        tensors: dict[str, Any] = {"kv": {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": [0, kv]}}
+        if self.scales_bytes:
+            tensors["scales"] = {"dtype": "F32", "shape": list(self.scales_shape), "data_offsets": [kv, scales]}
+        tensors["ids"] = {"dtype": "I32", "shape": [self.shape[2]], "data_offsets": [scales, scales + self.ids_bytes]}
         metadata = {
             "format": FORMAT,
             "key": self.key,
@@ -77,13 +93,7 @@ class ChunkHeader:
             "start": str(self.start),
             "checksum": self.checksum,
         }
-        return json.dumps(
-            {
-                "__metadata__": metadata,
-                "kv": {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": [0, kv]},
-                "ids": {"dtype": "I32", "shape": [self.shape[2]], "data_offsets": [kv, end]},
-            }
-        )
+        return json.dumps({"__metadata__": metadata, **tensors})
 
     @classmethod
     def from_json(cls, text: bytes) -> ChunkHeader:
@@ -111,11 +121,11 @@ class ChunkHeader:
             raise DamagedChunkError(f"its header is not that of a {FORMAT} file")
         return header
 
-    def digest(self, kv: memoryview, ids: memoryview) -> str:
-        """What ``checksum`` must be."""
+    def digest(self, *tensors: memoryview) -> str:
+        """What ``checksum`` must be, of the tensors' bytes in the order of the file."""
         hasher = xxhash.xxh3_128(dataclasses.replace(self, checksum="").to_json().encode())
-        hasher.update(kv)
-        hasher.update(ids)
+        for tensor in tensors:
+            hasher.update(tensor)
         return hasher.hexdigest()
 
 
@@ -135,14 +145,17 @@ def pack(chunk: ChunkKV) -> list[bytes | memoryview]:
     if chunk.kv.dtype not in _DTYPE_NAMES:
         known = ", ".join(str(dtype) for dtype in _DTYPE_NAMES)
         raise ValueError(f"KV can be stored as {known}, not {chunk.kv.dtype}")
-    kv = chunk.kv.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    kv = _bytes(chunk.kv)
     ids = np.ascontiguousarray(chunk.ids, np.int32).view(np.uint8).data
     header = ChunkHeader(
         chunk.key, chunk.scope, chunk.start, _DTYPE_NAMES[chunk.kv.dtype], tuple(chunk.kv.shape), checksum=""
     )
-    text = dataclasses.replace(header, checksum=header.digest(kv, ids)).to_json().encode()
+    if (tuple(chunk.scales.shape) if chunk.scales is not None else (0,)) != header.scales_shape:
+        raise ValueError(f"scales of shape {list(header.scales_shape)} belong to KV of {chunk.kv.dtype}, not others")
+    tensors = [kv, ids] if chunk.scales is None else [kv, _bytes(chunk.scales), ids]
+    text = dataclasses.replace(header, checksum=header.digest(*tensors)).to_json().encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return [len(text).to_bytes(8, "little") + text, kv, ids]
+    return [len(text).to_bytes(8, "little") + text, *tensors]
 
 
 def read_chunk(file: BinaryIO) -> ChunkKV:
@@ -157,15 +170,16 @@ def read_chunk(file: BinaryIO) -> ChunkKV:
     """
     header = _read_header(file)
     # NumPy asks for huge pages where torch.empty does not: half the time for 100 MB.
-    data = np.empty(header.kv_bytes + header.ids_bytes, np.uint8)
+    data = np.empty(header.kv_bytes + header.scales_bytes + header.ids_bytes, np.uint8)
     _read_into(file, data)
-    kv, ids = data[: header.kv_bytes], data[header.kv_bytes :]
-    if header.digest(kv.data, ids.data) != header.checksum:
+    kv, scale_bytes, ids = np.split(data, [header.kv_bytes, header.kv_bytes + header.scales_bytes])
+    if header.digest(kv.data, scale_bytes.data, ids.data) != header.checksum:
         raise DamagedChunkError("its checksum does not match")
     tokens = ids.view(np.int32)
     _check_key(header, tokens)
     tensor = torch.from_numpy(kv).view(_DTYPES[header.dtype]).reshape(header.shape)
-    return ChunkKV(header.key, header.scope, tokens, header.start, tensor)
+    scales = torch.from_numpy(scale_bytes.view(np.float32).reshape(header.scales_shape)) if len(scale_bytes) else None
+    return ChunkKV(header.key, header.scope, tokens, header.start, tensor, scales)
 
 
 def read_ids(file: BinaryIO) -> tuple[ChunkHeader, TokenIds]:
@@ -176,12 +190,16 @@ def read_ids(file: BinaryIO) -> tuple[ChunkHeader, TokenIds]:
         OSError: it can't be read.
     """
     header = _read_header(file)
-    file.seek(header.kv_bytes, os.SEEK_CUR)
+    file.seek(header.kv_bytes + header.scales_bytes, os.SEEK_CUR)
     ids = np.empty(header.ids_bytes, np.uint8)
     _read_into(file, ids)
     tokens = ids.view(np.int32)
     _check_key(header, tokens)
     return header, tokens
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_header(file: BinaryIO) -> ChunkHeader:
@@ -192,7 +210,7 @@ def _read_header(file: BinaryIO) -> ChunkHeader:
     if length > min(_MAX_HEADER, size - 8):
         raise DamagedChunkError("it is cut short or not a safetensors file")
     header = ChunkHeader.from_json(file.read(length))
-    expected = 8 + length + header.kv_bytes + header.ids_bytes
+    expected = 8 + length + header.kv_bytes + header.scales_bytes + header.ids_bytes
     if size != expected:
         raise DamagedChunkError(f"it has {size} bytes, not {expected}")
     return header

@@ -8,6 +8,7 @@ Usable in process, by hand and served; see ``docs/vllm.md``::
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import tempfile
@@ -266,8 +267,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
             config,
             tokenizer,
             str(model_config.dtype).removeprefix("torch."),
-            overrides=_overrides(model_config),
+            overrides=_overrides(model_config, vllm_config.cache_config.cache_dtype),
         )
+        fingerprint = dataclasses.replace(fingerprint, codec=self._settings.codec)
         primer_ids = tokenize_prompt(tokenizer, self._settings.primer).tolist()
         scope = ChunkScope(self._settings.namespace, fingerprint, tuple(primer_ids))
         if len(primer_ids) + 2 > model_config.max_model_len:
@@ -317,12 +319,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return otherwise
 
 
-def _overrides(model_config: Any) -> str:
+def _overrides(model_config: Any, cache_dtype: str) -> str:
     """What the command line changes of the model that its files don't tell."""
     overrides = model_config.hf_overrides or {}
     changes = {
         "hf_overrides": overrides,
         "hf_config_path": model_config.hf_config_path,
         "quantization": model_config.quantization,
+        "kv_cache_dtype": None if cache_dtype == "auto" else cache_dtype,
     }
     return "" if not any(changes.values()) else repr(changes)

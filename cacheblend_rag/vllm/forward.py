@@ -28,6 +28,7 @@ from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.layout import upload
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.rope import rotate_keys, shift_table
+from cacheblend_rag.store.codecs import decode
 from cacheblend_rag.vllm.compat import fast_operators
 from cacheblend_rag.vllm.model import PagedModel
 
@@ -111,9 +112,14 @@ class PagedForward:
         shift = shift_table(model.rotary_table(old), model.rotary_table(new))
         slots = self._slots(new)
         heads = model.local_heads()
-        sources = [c.kv[:, :, s.offset : s.offset + s.length, heads] for c, s in pieces]
+
+        def run(chunk: ChunkKV, segment: Segment, layer: int) -> torch.Tensor:
+            kv = chunk.kv[layer, :, segment.offset : segment.offset + segment.length, heads].to(device)
+            scales = None if chunk.scales is None else chunk.scales[layer, :, heads].to(device)
+            return decode(kv, scales, model.kv.dtype)
+
         for layer in range(self.num_layers):  # one at a time: the float32 copies stay small
-            keys, values = (torch.cat([source[layer, i].to(device) for source in sources]) for i in (0, 1))
+            keys, values = torch.cat([run(chunk, segment, layer) for chunk, segment in pieces], dim=1)
             shifted = torch.empty_like(keys)
             rotate_keys(keys, shift, out=shifted)
             model.kv.write(layer, shifted, values, slots)

@@ -77,7 +77,8 @@ class KernelPasses:
         kv, device = model.kv, model.kv.device
         self._heads: int = model.layers[0].num_heads
         self.tile = tile_rows(self._heads, kv.num_kv_heads)
-        self._flash_attention = flash_attention_3(model.layers[0])
+        # FlashAttention 3 would take queries of 8 bits with such keys, and lose more than the cache has.
+        self._flash_attention = None if kv.is_float8 else flash_attention_3(model.layers[0])
         self._views = [kv.views(layer) for layer in range(len(model.layers))]
         tokens = model.vllm_config.model_config.max_model_len
         most, prompts = self.most_rows, MOST_PROMPTS
@@ -248,9 +249,12 @@ class KernelPasses:
         programs = count // self.tile * kv.num_kv_heads
         splits = max(1, min(_MOST_SPLITS, _PROGRAMS // programs))
         lse = torch.empty(count, self._heads, dtype=torch.float32, device=query.device) if watched else None
-        out = attend_rows(query, keys, values, rows, scale, splits=splits, lse=lse)
+        key_scale, value_scale = kv.scales[number]
+        out = attend_rows(
+            query, keys, values, rows, scale, splits=splits, lse=lse, key_scale=key_scale, value_scale=value_scale
+        )
         if lse is not None:
-            watch_rows(query, keys, rows, lse, self._weights[:count], scale, self._mass)
+            watch_rows(query, keys, rows, lse, self._weights[:count], scale, self._mass, key_scale=key_scale)
         if number == stop:
             raise _Stop
         return out.view(count, -1)
@@ -302,6 +306,8 @@ def _obstacle(model: PagedModel) -> str | None:
         return "the GPU is older than Ampere"
     if kv.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its KV cache is of {kv.dtype}"
+    if kv.is_float8 and torch.cuda.get_device_capability(kv.device) < (8, 9):
+        return "the GPU has no 8-bit floats"
     if kv.head_dim > 256:
         return f"its attention heads have {kv.head_dim} dimensions, more than 256"
     if not kv.is_strided:

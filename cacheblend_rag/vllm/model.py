@@ -57,7 +57,7 @@ class PagedModel:
             raise UnsupportedModelError("its layers keep KV of different kinds")
         self.layers = _attention_layers(model, groups[0].layer_names, vllm_config.model_config.max_model_len)
         spec = groups[0].kv_cache_spec
-        self.kv = PagedKV(self.layers, spec.block_size, kv_cache_config.num_blocks)
+        self.kv = PagedKV(self.layers, spec.block_size, kv_cache_config.num_blocks, vllm_config.model_config.dtype)
         self.layer_names = [layer.layer_name for layer in self.layers]
         self.cos_sin: torch.Tensor = _rotary(model).get_buffer("cos_sin_cache")
         builder = self.layers[0].get_attn_backend().get_builder_cls()

@@ -3,6 +3,9 @@
 Backends pack a block's keys and values as their kernels like them: transposed, interleaved, by instruction set. So
 nothing here indexes the cache by hand. Writing is the backend's own method. Reading goes through a permutation that is
 learnt once: coded values are written with the backend's method, and where they arrive tells where each element lies.
+
+A cache of 8-bit floats holds keys and values divided by a scale of each layer. The backend's method encodes them; what
+is read is decoded here.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import torch
 
 from cacheblend_rag.errors import UnsupportedModelError
 
-# Every whole number below is exact in every dtype of a KV cache, bfloat16 with its 8 significant bits included.
-_DIGIT = 256
+_FP8 = torch.float8_e4m3fn
+# Whole numbers below are exact in every dtype of a KV cache: bfloat16 has 8 significant bits, e4m3 has 4.
+_DIGIT, _FP8_DIGIT = 256, 16
 
 
 class PagedKV:
@@ -24,12 +28,18 @@ class PagedKV:
         layers: The model's attention layers in order (``vllm.attention.layer.Attention``), their caches bound.
         block_size: Tokens of a block.
         num_blocks: Blocks of each layer's cache.
+        model_dtype: What the model computes in.
+
+    Attributes:
+        dtype: What keys and values are read in and, by :meth:`write`, written in.
+        is_float8: Whether the cache holds 8-bit floats.
+        scales: What keys and what values of each layer are divided by in the cache; ones where it holds no such.
 
     Raises:
         UnsupportedModelError: the backend keeps its KV in a way that can't be read back.
     """
 
-    def __init__(self, layers: list[Any], block_size: int, num_blocks: int) -> None:
+    def __init__(self, layers: list[Any], block_size: int, num_blocks: int, model_dtype: torch.dtype) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._layers = layers
@@ -41,9 +51,11 @@ class PagedKV:
             raise UnsupportedModelError(
                 f"its KV cache of shape {tuple(cache.shape)} is not one of {num_blocks} blocks, alike in all layers"
             )
-        self.dtype: torch.dtype = cache.dtype
+        self.is_float8 = cache.dtype in (torch.uint8, _FP8)  # vLLM keeps them as plain bytes
+        self.dtype: torch.dtype = model_dtype if self.is_float8 else cache.dtype
         self.device: torch.device = cache.device
-        self._places = self._learn()
+        self.scales = [self._scales_of(layer) for layer in layers]
+        self._places = torch.stack([self._learn(which) for which in (0, 1)])
         self._strided = self._strides()
 
     @property
@@ -54,7 +66,7 @@ class PagedKV:
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and all values of a layer as views ``[blocks, block_size, kv_heads, head_dim]`` of its cache."""
         assert self._strided is not None
-        cache: torch.Tensor = self._layers[layer].kv_cache
+        cache = self._cache(layer)
         shape = (cache.shape[0], self.block_size, self.num_kv_heads, self.head_dim)
         (key_at, value_at), inner = self._strided
         first = cache.storage_offset()
@@ -65,7 +77,11 @@ class PagedKV:
         """The values at some positions (int64 ``[tokens]``) of a sequence: ``[tokens, kv_heads, head_dim]``."""
         if not self.is_strided:
             return self.read_values(layer, block_ids)[positions]
-        return self.views(layer)[1][block_ids[positions // self.block_size], positions % self.block_size]
+        at = block_ids[positions // self.block_size], positions % self.block_size
+        values = self.views(layer)[1]
+        if not self.is_float8:
+            return values[at]
+        return self._decode(values.view(torch.uint8)[at], self.scales[layer][1])
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store keys and values (``[tokens, kv_heads, head_dim]``) of a layer in slots (int64 ``[tokens]``)."""
@@ -79,40 +95,58 @@ class PagedKV:
             layer: Index of the layer.
             block_ids: int64 ``[blocks]``.
         """
-        return self._gather(layer, block_ids, self._places[0])
+        return self._gather(layer, block_ids, 0)
 
     def read_values(self, layer: int, block_ids: torch.Tensor) -> torch.Tensor:
         """All values of some blocks of a layer; see :meth:`read_keys`."""
-        return self._gather(layer, block_ids, self._places[1])
+        return self._gather(layer, block_ids, 1)
 
-    def _gather(self, layer: int, block_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _gather(self, layer: int, block_ids: torch.Tensor, which: int) -> torch.Tensor:
         cache: torch.Tensor = self._layers[layer].kv_cache
-        blocks = cache.index_select(0, block_ids).flatten(1)
-        return blocks.index_select(1, places).view(-1, self.num_kv_heads, self.head_dim)
+        bits = cache.view(torch.uint8) if self.is_float8 else cache  # float8 is not to be indexed everywhere
+        blocks = bits.index_select(0, block_ids).flatten(1)
+        found = blocks.index_select(1, self._places[which]).view(-1, self.num_kv_heads, self.head_dim)
+        return self._decode(found, self.scales[layer][which]) if self.is_float8 else found
 
-    def _learn(self) -> torch.Tensor:
-        """Where in a flattened block each key and value lies: int64 ``[2, block_size * kv_heads * head_dim]``."""
-        cache = self._layers[0].kv_cache
+    def _decode(self, bits: torch.Tensor, scale: float) -> torch.Tensor:
+        return (bits.view(_FP8).float() * scale).to(self.dtype)
+
+    def _cache(self, layer: int) -> torch.Tensor:
+        cache: torch.Tensor = self._layers[layer].kv_cache
+        return cache.view(_FP8) if self.is_float8 else cache
+
+    def _scales_of(self, layer: Any) -> tuple[float, float]:
+        if not self.is_float8:
+            return 1.0, 1.0
+        if layer._k_scale.numel() != 1 or layer._v_scale.numel() != 1:
+            raise UnsupportedModelError("the heads of its float8 KV cache have scales of their own")
+        return float(layer._k_scale), float(layer._v_scale)
+
+    def _learn(self, which: int) -> torch.Tensor:
+        """Where in a flattened block each key (0) or value (1) lies: int64 ``[block_size * kv_heads * head_dim]``."""
+        cache = self._cache(0)
         kept = cache[0].clone()  # the null block, which vLLM gives to nobody
         shape = (self.block_size, self.num_kv_heads, self.head_dim)
-        count = 2 * self.block_size * self.num_kv_heads * self.head_dim
-        codes = torch.arange(1, count + 1, device=self.device)  # 0 is padding
+        count = self.block_size * self.num_kv_heads * self.head_dim
+        codes = torch.arange(1, count + 1, device=self.device)  # 0 is padding, and what is not looked for
         slots = torch.arange(self.block_size, device=self.device)
         found = torch.zeros(cache[0].numel(), dtype=torch.int64, device=self.device)
+        nothing = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        base = _FP8_DIGIT if self.is_float8 else _DIGIT
         weight = 1
         while weight <= count:
-            digits = (codes // weight % _DIGIT).to(self.dtype)
+            digits = (codes // weight % base * self.scales[0][which]).to(self.dtype).view(shape)
             cache[0].zero_()
-            self.write(0, digits[: count // 2].view(shape), digits[count // 2 :].view(shape), slots)
+            self.write(0, *((nothing, digits) if which else (digits, nothing)), slots)
             found += cache[0].reshape(-1).to(torch.int64) * weight
-            weight *= _DIGIT
+            weight *= base
         cache[0].copy_(kept)
         places = torch.full((count,), -1, dtype=torch.int64, device=self.device)
         used = ((found > 0) & (found <= count)).nonzero().flatten()
         places[found[used] - 1] = used
         if bool((places < 0).any()):
             raise UnsupportedModelError("its attention backend's KV cache can't be read back")
-        return places.view(2, -1)
+        return places
 
     def _strides(self) -> tuple[tuple[int, int], tuple[int, int, int]] | None:
         """Where a block's first key and first value lie, and the strides of slots, heads and dimensions."""

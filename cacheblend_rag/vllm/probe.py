@@ -30,6 +30,7 @@ _SHIFT = 7
 # Shares of the largest value, for what one layer computes. Below is rounding; a wrong mask or rotation gives errors
 # near 1, through all layers too, where rounding (of quantised activations most) adds up.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_FLOAT8_TOLERANCE = 0.12  # a key is rounded once where it is computed, twice where it is shifted
 _THROUGH_LAYERS = 5
 _WRONG = 100.0  # far from any key or value
 
@@ -50,7 +51,7 @@ def probe(model: PagedModel) -> None:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UnsupportedModelError(f"{name} can't be blended: it can't be run on chosen tokens ({reason})") from error
     for what, (miss, share) in errors.items():
-        if not miss < share * _TOLERANCE[model.kv.dtype]:  # NaN too
+        if not miss < share * _tolerance(model):  # NaN too
             raise UnsupportedModelError(f"{name} can't be blended: {what} (error {miss:.1%})")
 
 
@@ -85,7 +86,7 @@ def _kernel_fault(model: PagedModel, passes: KernelPasses) -> str:
     finally:
         model.kernel_passes = None
     for what, (miss, share) in errors.items():
-        if not miss < share * _TOLERANCE[model.kv.dtype]:
+        if not miss < share * _tolerance(model):
             return f"with them, {what} (error {miss:.1%})"
     return ""
 
@@ -158,6 +159,10 @@ def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
         "what it computes depends on absolute positions": (_relative(moved_hidden, hidden), _THROUGH_LAYERS),
         "keys of deeper layers can't be shifted": (_relative(shifted, moved), _THROUGH_LAYERS),
     }
+
+
+def _tolerance(model: PagedModel) -> float:
+    return _FLOAT8_TOLERANCE if model.kv.is_float8 else _TOLERANCE[model.kv.dtype]
 
 
 def _all_heads(model: PagedModel, kv: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.primer import DEFAULT_PRIMER
+from cacheblend_rag.store.codecs import check_codec
 from cacheblend_rag.validation import is_whole
 
 OnUnsupported = Literal["refuse", "prefill"]
@@ -32,6 +33,7 @@ class ConnectorSettings:
         max_bytes: Most bytes kept in the directory; None: no limit.
         namespace: Tenant.
         primer: Text that chunks are prefilled behind.
+        codec: How chunk KV is kept, see ``store/codecs.py``.
         blend: Defaults of every request.
         on_unsupported: What to do with a model that can't be blended: ``"refuse"`` to start, or serve it by plain
             ``"prefill"``.
@@ -43,6 +45,7 @@ class ConnectorSettings:
     max_bytes: int | None = None
     namespace: str = "default"
     primer: str = DEFAULT_PRIMER
+    codec: str = "raw"
     blend: BlendConfig = dataclasses.field(default_factory=BlendConfig)
     on_unsupported: OnUnsupported = "refuse"
 
@@ -66,6 +69,7 @@ class ConnectorSettings:
         for name in ("memory_bytes", "gpu_bytes", "max_bytes"):
             if not is_whole(given.get(name, 0)) or given.get(name, 0) < 0:
                 raise ConfigError(f"{name} must be a whole number of bytes from 0, not {given[name]!r}")
+        check_codec(given.get("codec", "raw"))
         blend = given.get("blend", {})
         if not isinstance(blend, Mapping):
             raise ConfigError(f"blend must be an object of blend settings, not {blend!r}")

@@ -82,9 +82,9 @@ class LayerStream:
         self._keys, self._values = views[0]
         self._token_stride = model.total_kv_heads * model.kv.head_dim
         self._caches = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in views], device=model.kv.device)
-        self._staging = torch.empty(
-            _STAGING_BYTES // model.kv.dtype.itemsize, dtype=model.kv.dtype, device=model.kv.device
-        )
+        self._cache_scales = torch.tensor(model.kv.scales, device=model.kv.device)
+        self._takes_float8 = torch.cuda.get_device_capability(model.kv.device) >= (8, 9)
+        self._staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=model.kv.device)
         self._in_use: list[tuple[Any, object]] = []  # memory that the stream still reads
         self._passes_done = _event()  # of the prompt that was placed last
 
@@ -104,22 +104,25 @@ class LayerStream:
             prompts: Chunks and where runs of them go in a prompt, with its block table, int64 ``[blocks]``.
 
         Returns:
-            False: nothing was done, the staging buffer does not hold a layer of all that.
+            False: nothing was done, the staging buffer does not hold a layer of all that, or the GPU has no float8.
         """
         pieces = [(chunk, segment, block_ids) for of_prompt, block_ids in prompts for chunk, segment in of_prompt]
+        dtype = pieces[0][0].kv.dtype  # chunks of one model and codec are alike
+        if dtype == torch.float8_e4m3fn and not self._takes_float8:
+            return False
+        buffer = self._staging.view(dtype)
         resident = [self._resident.get(chunk.key) for chunk, _, _ in pieces]
         # A chunk that several runs are of is staged once.
         staged = {c.key: c for (c, _, _), copy in zip(pieces, resident, strict=True) if copy is None}
         sizes = [chunk.kv[0].numel() for chunk in staged.values()]
-        layers = min(_LAYERS, self._staging.numel() // sum(sizes)) if staged else len(self._in_place)
+        layers = min(_LAYERS, buffer.numel() // sum(sizes)) if staged else len(self._in_place)
         if not layers:
             return False
         self._in_use = [(done, held) for done, held in self._in_use if not done.query()]
         starts = itertools.accumulate((layers * size for size in sizes[:-1]), initial=0)
         regions = dict(zip(staged, starts, strict=False))
-        staging = self._staging.data_ptr()
         addresses = [
-            staging + regions[chunk.key] * self._staging.itemsize if copy is None else copy.data_ptr()
+            buffer.data_ptr() + regions[chunk.key] * buffer.itemsize if copy is None else copy.data_ptr()
             for (chunk, _, _), copy in zip(pieces, resident, strict=True)
         ]
         runs = self._describe(pieces, addresses, [copy is not None for copy in resident])
@@ -133,10 +136,10 @@ class LayerStream:
                 last = min(first + layers, len(self._in_place))
                 for kv, region in to_stage:
                     source = kv[first:last].reshape(-1)
-                    self._staging[region : region + len(source)].copy_(source, non_blocking=True)
+                    buffer[region : region + len(source)].copy_(source, non_blocking=True)
                 place_layers(
                     runs, self._caches, first, last - first, self._model.cos_sin, self._keys, self._values,
-                    self._token_stride,
+                    self._cache_scales, self._token_stride,
                 )  # fmt: skip
                 for layer in range(first, last):
                     self._in_place[layer].record()
@@ -157,22 +160,27 @@ class LayerStream:
         whole: Sequence[bool],
     ) -> Runs:
         """Tables for the kernel; ``addresses`` are those of the chunks' first elements."""
-        kv = self._model.kv
-        first_head = self._model.local_heads().start * kv.head_dim
+        device = self._model.kv.device
+        first_head = self._model.local_heads().start
+        first_element = first_head * self._model.kv.head_dim
+        scales = [chunk.scales for chunk, _, _ in pieces if chunk.scales is not None]
+        on_device = upload(torch.stack(scales), device) if scales else None
         of_runs = [
             (
-                address + (s.offset * self._token_stride + first_head) * kv.dtype.itemsize,
+                address + (s.offset * self._token_stride + first_element) * c.kv.itemsize,
                 is_whole,
                 c.kv.stride(0),
                 c.kv.stride(1),
                 c.start + s.offset,
                 s.start,
                 block_ids.data_ptr(),
+                0 if on_device is None else on_device[n].data_ptr() + first_head * on_device.itemsize,
             )
-            for (c, s, block_ids), address, is_whole in zip(pieces, addresses, whole, strict=True)
+            for n, ((c, s, block_ids), address, is_whole) in enumerate(zip(pieces, addresses, whole, strict=True))
         ]
         table = torch.tensor(of_runs).T.contiguous()
-        return Runs(upload(table, kv.device), upload(work_items([s.length for _, s, _ in pieces]), kv.device))
+        items = work_items([segment.length for _, segment, _ in pieces])
+        return Runs(upload(table, device), upload(items, device), pieces[0][0].kv.dtype, on_device)
 
 
 def _event(**options: bool) -> Any:

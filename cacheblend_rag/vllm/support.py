@@ -50,8 +50,10 @@ def unsupported_reason(vllm_config: Any) -> str | None:
         return "speculative decoding is not supported"
     if vllm_config.lora_config is not None:
         return "LoRA is not supported"
-    if cache.cache_dtype != "auto" and cache.cache_dtype.startswith(("fp8", "int8", "nvfp4", "turboquant")):
-        return f"a quantised KV cache ({cache.cache_dtype}) is not supported"
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3"):
+        return f"a KV cache of {cache.cache_dtype} is not supported: take auto or fp8"
+    if getattr(cache, "calculate_kv_scales", False):
+        return "KV scales that are calculated from the first prompt (calculate_kv_scales) are not supported"
     return None
 
 

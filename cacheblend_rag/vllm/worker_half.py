@@ -23,6 +23,7 @@ from cacheblend_rag.matching import Segment
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store import ChunkStore, TieredStore
+from cacheblend_rag.store.codecs import encode, stored_dtype
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
 from cacheblend_rag.vllm.model import PagedModel
@@ -328,7 +329,8 @@ class WorkerHalf:
     def _fits(self, chunk: ChunkKV) -> bool:
         layers, _, _, heads, head_dim = chunk.kv.shape
         kv = self._model.kv
-        expected = (len(self._model.layers), self._model.total_kv_heads, kv.head_dim, kv.dtype)
+        dtype = stored_dtype(chunk.scope.fingerprint.codec, kv.dtype)
+        expected = (len(self._model.layers), self._model.total_kv_heads, kv.head_dim, dtype)
         return (layers, heads, head_dim, chunk.kv.dtype) == expected
 
     def _rematch(self, job: BlendJob, scope: ChunkScope, unreadable: set[str]) -> list[Segment]:
@@ -353,7 +355,11 @@ class WorkerHalf:
         kv = self._model.gather_heads(forward.read(job.start, len(tokens)))
         if not self._model.is_first_rank:
             return 0
-        chunk = ChunkKV(scope.key(job.token_ids), scope, job.token_ids, job.start, kv.cpu().contiguous())
+        encoded, scales = encode(kv, scope.fingerprint.codec)
+        chunk = ChunkKV(
+            scope.key(job.token_ids), scope, job.token_ids, job.start, encoded.cpu().contiguous(),
+            None if scales is None else scales.cpu(),
+        )  # fmt: skip
         written = self._store.put(chunk)
         self._brought[chunk.key] = chunk.nbytes
         if self._model.kernel_passes is not None:  # now, rather than when the first prompt waits for it

@@ -72,3 +72,9 @@ def test_going_on_from_flash_attention(gap: tuple[int, int], head_dim: int, dtyp
 @pytest.mark.parametrize(("heads", "local", "head_dim", "half"), [(8, 8, 128, 64), (6, 3, 80, 40), (4, 2, 64, 16)])
 def test_runs_are_rotated_and_scattered(heads: int, local: int, head_dim: int, half: int, dtype: torch.dtype) -> None:
     place_and_check(heads, local, head_dim, half, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("codec", "float8_cache"), [("fp8", False), ("raw", True), ("fp8", True)])
+def test_8_bit_floats_are_decoded_and_encoded(codec: str, float8_cache: bool, dtype: torch.dtype) -> None:
+    place_and_check(6, 3, 80, 32, dtype, "cuda", codec=codec, float8_cache=float8_cache)

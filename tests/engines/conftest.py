@@ -43,6 +43,7 @@ def open_engine(model: str, **changes: Any) -> TransformersEngine:
         "device": "cpu",
         "primer": None,
         "namespace": "test",
+        "codec": "raw",
         "chat_template": None,
         "engine_args": {},
     }

@@ -26,7 +26,8 @@ def make_chunk(
     shape = (layers, 2, tokens, heads, head_dim)
     bits = rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
     kv = torch.from_numpy(bits).view(dtype).reshape(shape)
-    return ChunkKV(scope.key(ids), scope, ids, start=len(scope.primer_ids), kv=kv)
+    scales = torch.from_numpy(rng.random((layers, 2, heads), np.float32)) if dtype == torch.float8_e4m3fn else None
+    return ChunkKV(scope.key(ids), scope, ids, start=len(scope.primer_ids), kv=kv, scales=scales)
 
 
 def same(a: ChunkKV | None, b: ChunkKV | None) -> bool:
@@ -38,4 +39,6 @@ def same(a: ChunkKV | None, b: ChunkKV | None) -> bool:
         and a.ids.dtype == b.ids.dtype
         and np.array_equal(a.ids, b.ids)
         and torch.equal(a.kv.reshape(-1).view(torch.uint8), b.kv.reshape(-1).view(torch.uint8))
+        and (a.scales is b.scales is None or (a.scales is not None and b.scales is not None))
+        and (a.scales is None or b.scales is None or torch.equal(a.scales, b.scales))
     )

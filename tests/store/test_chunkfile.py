@@ -20,7 +20,7 @@ from store_chunks import SCOPE, make_chunk, same
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.store.chunkfile import DamagedChunkError, pack, read_chunk, read_ids
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
 
 
 def packed(chunk: ChunkKV) -> bytes:

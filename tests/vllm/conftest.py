@@ -86,6 +86,7 @@ def open_engine(model: str, store: Path | None = None, **changes: Any) -> VllmEn
         "device": "auto",
         "primer": PRIMER,
         "namespace": "test",
+        "codec": "raw",
         "chat_template": None,
         **changes,
     }

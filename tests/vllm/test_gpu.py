@@ -84,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm2 bfloat16 eager": {"dtype": "bfloat16", "enforce_eager": True},
     "smollm2 bfloat16 compiled": {"dtype": "bfloat16", "enforce_eager": False, "gpu_bytes": 1 << 30},
     "smollm2 float32 eager": {"dtype": "float32", "enforce_eager": True},
+    "smollm2 cache of 8 bits": {"dtype": "bfloat16", "enforce_eager": False, "kv_cache_dtype": "fp8"},
 }
 
 
@@ -228,6 +229,39 @@ def first_difference(mine: Generation, theirs: Generation) -> float:
     shared = mine.logprobs[0].keys() & theirs.logprobs[0].keys()
     assert len(shared) > 5
     return max(abs(mine.logprobs[0][token] - theirs.logprobs[0][token]) for token in shared)
+
+
+def by_both_paths(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Full reuse with the kernels, and without; nothing is selected, so that no near tie decides."""
+    ids = case.ids(case.prompt(55, chunks=6))
+    fast = case.logits(ids, recompute_ratio=0.0)
+    model = connectors(case.engine)[1]._worker._model
+    assert model.kernel_passes is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "kernel_passes", None)
+        simple = case.logits(ids, recompute_ratio=0.0)
+    return [fast, simple, case.logits(ids, mode="off")]
+
+
+def test_kernels_give_what_the_simple_path_gives(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, simple, plain = by_both_paths(case, monkeypatch)
+    apart, reuse = float((fast - simple).abs().max()), float((fast - plain).abs().max())
+    allowed = noise(case, case.ids(case.prompt(55, chunks=6)), plain)
+    print(f"paths {apart:.2e} apart, allowed {allowed:.2e}, full reuse is {reuse:.2e} from plain prefill")
+    assert apart <= allowed < reuse
+
+
+def test_chunks_of_8_bits(engines: Engines, smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded by the kernel that rotates and scatters, from pinned memory and from the GPU's own."""
+    engine_args = {"max_model_len": 8192, "gpu_memory_utilization": 0.7, "enforce_eager": True, "gpu_bytes": 1 << 30}
+    engine = engines.get(smollm2, dtype="bfloat16", codec="fp8", engine_args=engine_args)
+    engine.warm(CHUNKS)
+    case = Case(engine, CHUNKS)
+    for _ in range(2):
+        fast, simple, plain = by_both_paths(case, monkeypatch)
+        apart, reuse = float((fast - simple).abs().max()), float((fast - plain).abs().max())
+        print(f"paths {apart:.2e} apart, full reuse is {reuse:.2e} from plain prefill")
+        assert apart <= noise(case, case.ids(case.prompt(55, chunks=6)), plain) < reuse
 
 
 @pytest.fixture

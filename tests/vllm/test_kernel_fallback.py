@@ -13,7 +13,13 @@ pytest.importorskip("triton")
 
 from cacheblend_rag.vllm import kernel_passes, probe
 
-CUDA = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "is_strided": True}
+CUDA = {
+    "device": torch.device("cuda"),
+    "dtype": torch.bfloat16,
+    "is_float8": False,
+    "head_dim": 128,
+    "is_strided": True,
+}
 
 
 def make_model(**changes: Any) -> Any:
@@ -38,7 +44,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": torch.float8_e4m3fn}, "its KV cache is of torch.float8_e4m3fn"),
+        ({"dtype": torch.float64}, "its KV cache is of torch.float64"),
         ({"head_dim": 512}, "its attention heads have 512 dimensions, more than 256"),
         ({"is_strided": False}, "its KV cache is laid out in an unknown way"),
     ],
@@ -48,10 +54,20 @@ def test_what_the_kernels_can_not_do(changes: dict[str, Any], reason: str, caplo
     assert [reason in message for message in warnings_of(caplog)] == [True]
 
 
-def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert probe.probed_kernel_passes(make_model(), 0) is None
-    assert ["the GPU is older than Ampere" in message for message in warnings_of(caplog)] == [True]
+@pytest.mark.parametrize(
+    ("capability", "is_float8", "reason"),
+    [((7, 5), False, "the GPU is older than Ampere"), ((8, 6), True, "the GPU has no 8-bit floats")],
+)
+def test_a_gpu_that_is_too_old(
+    capability: tuple[int, int],
+    is_float8: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert probe.probed_kernel_passes(make_model(is_float8=is_float8), 0) is None
+    assert [reason in message for message in warnings_of(caplog)] == [True]
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

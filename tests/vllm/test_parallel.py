@@ -46,6 +46,7 @@ def answers(model: str, store: str, ranks: int) -> dict[str, Any]:
         device="auto",
         primer="Some passages follow.\n\n",
         namespace="test",
+        codec="raw",
         chat_template=None,
         engine_args={"enforce_eager": True, "max_model_len": 2048, "tensor_parallel_size": ranks, "block_size": 32},
     )

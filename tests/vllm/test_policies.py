@@ -38,6 +38,7 @@ def embedded(directory: str, store: Path) -> Iterator[TransformersEngine]:
         device="cpu",
         primer=PRIMER,
         namespace="test",
+        codec="raw",
         chat_template=None,
         engine_args={},
     )

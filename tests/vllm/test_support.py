@@ -50,7 +50,7 @@ def test_ordinary_models_pass(make_model: Callable[..., str]) -> None:
         ("mla", MLA, {}, "MLA"),
         ("llama", {"model_type": "llama"}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ("llama", {"model_type": "llama"}, {"enable_lora": True}, "LoRA"),
-        ("llama", {"model_type": "llama"}, {"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+        ("llama", {"model_type": "llama"}, {"kv_cache_dtype": "fp8_e5m2"}, "KV cache of fp8_e5m2"),
         (
             "llama",
             {"model_type": "llama"},

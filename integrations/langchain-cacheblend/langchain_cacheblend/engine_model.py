@@ -26,6 +26,7 @@ _LOAD_SETTINGS = (
     "device",
     "primer",
     "namespace",
+    "codec",
     "base_url",
     "chat_template",
     "engine_args",
@@ -105,9 +106,9 @@ class EngineModel(Serializable):
         Args:
             engine: An engine, or the kind to load: ``"transformers"``, ``"vllm"``, or ``"server"`` with ``base_url``.
             blend: Settings of the blend; those not named are the engine's, or the defaults of ``BlendConfig``.
-            settings: ``model``, ``store``, ``dtype``, ``device``, ``primer``, ``namespace``, ``base_url``,
-                ``chat_template`` and ``engine_args`` as for ``cacheblend_rag.load_engine``, and the attributes of this
-                class.
+            settings: ``model``, ``store``, ``dtype``, ``device``, ``primer``, ``namespace``, ``codec``,
+                ``base_url``, ``chat_template`` and ``engine_args`` as for ``cacheblend_rag.load_engine``, and the
+                attributes of this class.
 
         Raises:
             ConfigError: an unknown or a bad setting, or one that an engine that exists can't take any more.
