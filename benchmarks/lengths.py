@@ -157,8 +157,9 @@ def run(options: argparse.Namespace) -> None:
             **options.engine_args,
         }
         with load_engine(
-            model, engine="vllm", store=store, primer=primer, dtype=options.dtype, engine_args=arguments
-        ) as engine:
+            model, engine="vllm", store=store, primer=primer, codec=options.codec, dtype=options.dtype,
+            engine_args=arguments,
+        ) as engine:  # fmt: skip
             from transformers import AutoTokenizer
 
             if not options.model:
@@ -263,6 +264,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="tokens of chunks")
     parser.add_argument("--policies", nargs="+", default=["query_aware", "hkvd"])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
+    parser.add_argument("--codec", default="raw", help="how chunk KV is kept")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mixed", action="store_true", help="also prompts that gain nothing")
     options = parse_options(parser)

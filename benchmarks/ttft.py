@@ -137,9 +137,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         arguments = {"engine": options.engine, "dtype": options.dtype, "device": options.device}
         arguments["engine_args"] = dict(options.engine_args)
-        if (
-            options.engine == "vllm"
-        ):  # every prompt is asked in every mode: a prefix cache would answer all but the first
+        if options.engine == "vllm":
+            # Every prompt is asked in every mode: a prefix cache would answer all but the first.
             arguments["engine_args"].setdefault("enable_prefix_caching", False)
         with load_engine(options.model, **arguments) as plain:
             primer = system_prefix(plain.render_chat) if options.primer == "system" else None
