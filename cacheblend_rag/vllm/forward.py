@@ -33,6 +33,7 @@ from cacheblend_rag.vllm.compat import fast_operators
 from cacheblend_rag.vllm.model import PagedModel
 
 _FEW_RUNS = 8  # of neighbouring rows: so few are fast as sequences of the backend
+_MOST_ROWS = 2048  # of a pass of the simple path, whatever the engine's steps hold: larger ones gain nothing
 
 Hook = Callable[[Any, tuple[torch.Tensor, ...]], None]
 
@@ -71,8 +72,8 @@ class PromptRows:
 class PagedForward:
     """One prompt in the paged KV cache. See ``blending.BlendForward``.
 
-    Rows are passed to the model in slices of at most ``model.max_rows``, earlier ones first: later rows see the KV that
-    the slices before them wrote, so the result is that of one pass, in bounded memory.
+    Rows are passed to the model in slices, earlier ones first: later rows see the KV that the slices before them wrote,
+    so the result is that of one pass, in bounded memory.
 
     Args:
         model: The worker's model.
@@ -151,8 +152,7 @@ class PagedForward:
         attention = self._model.layers[layer]
         kv = self._model.kv
 
-        for part in self._slices(rows):
-            where = upload(part, kv.device)
+        for part, where in self._slices(rows):
 
             def measure(module: Any, args: tuple[torch.Tensor, ...], where: torch.Tensor = where) -> None:
                 key, value = (x.view(-1, kv.num_kv_heads, kv.head_dim) for x in args[1:3])
@@ -164,7 +164,7 @@ class PagedForward:
                 raise _Stop
 
             with self._in_place(layer), _hooked([attention], before=measure), contextlib.suppress(_Stop):
-                self._run(part)
+                self._run(part, where)
         deviation: torch.Tensor = self._model.tp.all_reduce(torch.cat(found))
         return deviation
 
@@ -173,14 +173,14 @@ class PagedForward:
         model, kv = self._model, self._model.kv
         mass = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
         numbers = {id(model.layers[layer]): layer for layer in layers}
-        for part in self._slices(rows):
-            asked = part[part >= int(question[0])]
-            if not len(asked):
+        for part, where in self._slices(rows):
+            count = int((part >= int(question[0])).sum())
+            if not count:
                 with self._in_place(self.num_layers):
-                    self._run(part)
+                    self._run(part, where)
                 continue
-            end = int(asked[-1]) + 1
-            asked = upload(asked, kv.device)
+            end = int(part[-1]) + 1
+            asked = where[-count:]
             blocks = self.block_ids[: -(-end // kv.block_size)]
 
             def look(
@@ -199,30 +199,36 @@ class PagedForward:
 
             watched = [model.layers[n] for n in layers]
             with self._in_place(self.num_layers), _hooked(watched, after=look), contextlib.suppress(_Stop):
-                self._run(part)
+                self._run(part, where)
         self.extend_exact(rows)
         total: torch.Tensor = model.tp.all_reduce(mass)
         return total.div_(model.tp.world_size * len(layers))
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         """See :meth:`blending.BlendForward.recompute`. The prompt's last token is left to vLLM's own step."""
-        for part in self._slices(rows[:-1]):
+        for part, where in self._slices(rows[:-1]):
             with self._in_place(self.num_layers):
-                self._run(part)
+                self._run(part, where)
         return torch.empty(0)
 
     def slices(self, rows: torch.Tensor) -> list[PromptRows]:
         """Rows as the kernels take them, as many at a time as a pass has room for."""
-        where = upload(rows, self._model.kv.device)
-        return [PromptRows(self._token_ids, part, self.block_ids) for part in self._slices(where)]
+        if not len(rows):
+            return []
+        parts = torch.split(upload(rows, self._model.kv.device), self._model.max_rows)
+        return [PromptRows(self._token_ids, part, self.block_ids) for part in parts]
 
-    def _run(self, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last layer, ``[rows, hidden_size]``."""
-        where = upload(rows, self._model.kv.device)
-        return run_rows(self._model, self._token_ids[where], rows, where, self.block_ids)
+    def _run(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last layer, ``[rows, hidden_size]``; see :meth:`_slices`."""
+        return run_rows(self._model, self._token_ids[where], where, where, self.block_ids, on_cpu=rows)
 
-    def _slices(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(torch.split(rows, self._model.max_rows)) if len(rows) else iter(())
+    def _slices(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows as the simple path takes them, on the CPU and on the device."""
+        if not len(rows):
+            return iter(())
+        most = min(self._model.max_rows, _MOST_ROWS)
+        where = upload(rows, self._model.kv.device)  # once: each upload takes memory that is pinned for it
+        return zip(torch.split(rows.cpu(), most), torch.split(where, most), strict=True)
 
     @contextlib.contextmanager
     def _in_place(self, layers: int) -> Iterator[None]:
@@ -245,27 +251,33 @@ class PagedForward:
 
 
 def run_rows(
-    model: PagedModel, token_ids: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, block_ids: torch.Tensor
+    model: PagedModel,
+    token_ids: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    block_ids: torch.Tensor,
+    *,
+    on_cpu: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One forward pass of the model over some rows of a sequence, whose KV it writes.
 
     Args:
         model: The worker's model.
         token_ids: int64 ``[rows]``.
-        rows: int64 ``[rows]``, ascending: places in the block table; a row sees the places up to its own. Best on the
-            CPU, or the host waits for the GPU here.
+        rows: int64 ``[rows]``, ascending: places in the block table; a row sees the places up to its own.
         positions: int64 ``[rows]``: what RoPE is told.
         block_ids: int64 ``[blocks]``: the sequence's block table.
+        on_cpu: The rows again, on the CPU; None: the host waits for the GPU here.
 
     Returns:
         Hidden states after the last layer, ``[rows, hidden_size]``.
     """
-    places = rows.cpu()
+    places = rows.cpu() if on_cpu is None else on_cpu
     starts = _runs(places)
     bounds = torch.cat([starts, torch.tensor([len(places)])]).to(torch.int32)
     ends = (places[bounds[1:].long() - 1] + 1).to(torch.int32)
     device = model.kv.device
-    slots = slot_mapping(upload(rows, device), block_ids, model.kv.block_size)
+    slots = slot_mapping(rows, block_ids, model.kv.block_size)
     metadata = model.metadata_builder.build(
         0,
         CommonAttentionMetadata(

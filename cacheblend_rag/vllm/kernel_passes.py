@@ -247,7 +247,7 @@ class KernelPasses:
             assert self._flash_attention is not None
             return attend_buckets(self._flash_attention, query, keys, values, buckets, scale).view(count, -1)
         programs = count // self.tile * kv.num_kv_heads
-        splits = max(1, min(_MOST_SPLITS, _PROGRAMS // programs))
+        splits = 1 << max(1, min(_MOST_SPLITS, _PROGRAMS // programs)).bit_length() - 1  # each is compiled for
         lse = torch.empty(count, self._heads, dtype=torch.float32, device=query.device) if watched else None
         key_scale, value_scale = kv.scales[number]
         out = attend_rows(

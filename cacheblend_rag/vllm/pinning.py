@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import weakref
 from typing import Any
 
@@ -19,20 +21,27 @@ class PinnedChunks:
     def __init__(self) -> None:
         self._pinned: weakref.WeakSet[ChunkKV] = weakref.WeakSet()
         self._refused = False
+        self._lock = threading.Lock()
 
     def pin(self, chunk: ChunkKV) -> bool:
         """Pin a chunk's KV in place; returns whether it is pinned now.
 
-        A system that allows no more pinned memory is no error: the KV is copied then.
+        A system that allows no more pinned memory is no error: the KV is copied then. Threads may share this.
         """
+        with self._lock:
+            return self._pin(chunk)
+
+    def _pin(self, chunk: ChunkKV) -> bool:
         if chunk in self._pinned:
             return True
         if self._refused or not chunk.kv.is_contiguous():
             return False
         address = chunk.kv.data_ptr()
-        error = _runtime().cudaHostRegister(address, chunk.nbytes, 0)
+        error = _runtime().cudaHostRegister(address, chunk.kv.nbytes, 0)
         if int(error) != 0:
             self._refused = True
+            with contextlib.suppress(RuntimeError):  # whoever uses the GPU next is told of it, too
+                torch.zeros(1, device="cuda")
             logger.warning("chunk KV can't be pinned (%s): it is copied to the GPU, which is slower", error)
             return False
         self._pinned.add(chunk)

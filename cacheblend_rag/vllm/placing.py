@@ -106,7 +106,8 @@ def _store(at, x, factor, mask, ELEMENT: tl.constexpr, SCALE: tl.constexpr, ENCO
     tl.store(at, x.to(ELEMENT), mask=mask)
 
 
-@triton.jit
+# What differs from prompt to prompt must not be compiled for: that takes a second, in the middle of a step.
+@triton.jit(do_not_specialize=["runs", "items", "first_layer"])
 def _place(
     table, work, cos_sin, caches, cache_scales, runs, items, first_layer, token_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,

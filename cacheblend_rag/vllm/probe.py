@@ -30,7 +30,6 @@ _SHIFT = 7
 # Shares of the largest value, for what one layer computes. Below is rounding; a wrong mask or rotation gives errors
 # near 1, through all layers too, where rounding (of quantised activations most) adds up.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_TF32_TOLERANCE = 5e-3  # in which vLLM's attention multiplies float32 on a GPU, and ours does not
 _FLOAT8_TOLERANCE = 0.12  # a key is rounded once where it is computed, twice where it is shifted
 _THROUGH_LAYERS = 5
 _WRONG = 100.0  # far from any key or value
@@ -163,10 +162,7 @@ def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
 
 
 def _tolerance(model: PagedModel) -> float:
-    kv = model.kv
-    if kv.is_float8:
-        return _FLOAT8_TOLERANCE
-    return _TF32_TOLERANCE if kv.dtype == torch.float32 and kv.device.type == "cuda" else _TOLERANCE[kv.dtype]
+    return _FLOAT8_TOLERANCE if model.kv.is_float8 else _TOLERANCE[model.kv.dtype]
 
 
 def _all_heads(model: PagedModel, kv: torch.Tensor) -> torch.Tensor:

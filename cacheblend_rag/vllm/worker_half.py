@@ -31,6 +31,7 @@ from cacheblend_rag.vllm.packing import run_blends
 
 logger = logging.getLogger(__name__)
 
+_READERS = 4  # threads: one alone, which also checks and pins what it reads, is slower than a fast disk
 _REMEMBERED = 1024  # choices: for 32k tokens, a megabyte each with hkvd, a tenth of it with query_aware
 
 
@@ -128,7 +129,7 @@ class WorkerHalf:
         self._library: ChunkLibrary | None = None
         self._logged: set[str] = set()
         self._brought: dict[str, int] = {}
-        self._prefetcher = Prefetcher(self._bring, batch=1)
+        self._prefetcher = Prefetcher(self._bring, batch=1, threads=_READERS)
 
     def prefetch(self, keys: Sequence[str]) -> None:
         """Begin to bring chunks from disk to memory; the step does not wait for it."""

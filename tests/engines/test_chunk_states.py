@@ -111,10 +111,10 @@ def test_prefetch_has_nothing_to_do_with_one_tier(random_models: dict[str, str],
         with open_engine(random_models["qwen2"], store=store) as engine:
             engine.warm(CHUNKS[:1])
             engine.prefetch(CHUNKS[:2])
-            until(lambda engine=engine: engine._prefetcher._thread is None)
+            until(lambda engine=engine: not engine._prefetcher._threads)
             assert engine.is_warm(CHUNKS[:2]) == [True, False]
         engine.prefetch(CHUNKS)  # closed: nothing
-        assert engine._prefetcher._thread is None
+        assert not engine._prefetcher._threads
 
 
 def test_what_waits_is_bounded_and_dropped_on_close() -> None:
@@ -134,3 +134,27 @@ def test_what_waits_is_bounded_and_dropped_on_close() -> None:
     prefetcher.close()
     prefetcher.add(["late"])
     assert taken == ["first"]
+
+
+def test_several_threads_bring_at_once() -> None:
+    go, lock, at_once, taken = threading.Event(), threading.Lock(), [0, 0], list[str]()
+
+    def bring(items: list[str]) -> None:
+        with lock:
+            taken.extend(items)
+            at_once[0] += 1
+            at_once[1] = max(at_once)
+        go.wait()
+        with lock:
+            at_once[0] -= 1
+
+    prefetcher = Prefetcher(bring, batch=1, threads=3)
+    prefetcher.add(["0"])
+    until(lambda: taken == ["0"])
+    prefetcher.add(str(n) for n in range(1, 8))
+    until(lambda: len(taken) == 3)
+    go.set()
+    until(lambda: not prefetcher._threads)
+    assert sorted(taken) == [str(n) for n in range(8)]
+    assert at_once == [0, 3]
+    prefetcher.close()

@@ -116,7 +116,10 @@ def poison(engine: VllmEngine) -> None:
     """Make every slot that is read before it is written show. Not with NaN: vLLM's kernel multiplies what lies behind
     the end of a block by zero."""
     for cache in runner(engine).kv_caches:
-        cache[1:].fill_(1e4)
+        if cache.element_size() == 1:  # 8-bit floats: their largest
+            cache.view(torch.uint8)[1:].fill_(0x7E)
+        else:
+            cache[1:].fill_(1e4)
 
 
 def forget_prefixes(engine: VllmEngine) -> None:

@@ -238,7 +238,7 @@ def test_a_fault_in_a_layer_in_mid_blend(case: Case, calls: int, policy: str, mo
     countdown = [calls]
     run_rows = forward.run_rows
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         def count(module: Any, inputs: Any) -> None:
             countdown[0] -= 1
             if countdown[0] == 0:
@@ -247,7 +247,7 @@ def test_a_fault_in_a_layer_in_mid_blend(case: Case, calls: int, policy: str, mo
         layers = connectors(case.engine)[1]._worker._model.layers
         handles = [layer.register_forward_pre_hook(count) for layer in layers]
         try:
-            return run_rows(*args)
+            return run_rows(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

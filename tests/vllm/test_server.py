@@ -428,7 +428,7 @@ def test_chunks_by_their_keys(engine: ServerEngine, caplog: pytest.LogCaptureFix
     assert engine.stored_keys() >= {*keys, *engine.chunk_keys(CHUNKS)}
     assert engine._ask("prefetch", [*keys, "no key"]) == {"prefetched": 2}
     engine.prefetch([*new, "never seen before by anybody"])
-    while engine._prefetcher._thread is not None:
+    while engine._prefetcher._threads:
         time.sleep(0.01)
     assert not [record for record in caplog.records if "prefetch" in record.getMessage()]
     assert engine.evict_keys([*keys, "no key"]) == 2
