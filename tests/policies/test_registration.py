@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,21 @@ def test_two_packages_with_one_name(install: Callable[[str, str, str], None]) ->
     install("tails_two", TAILS, "tails = tails_two:tails")
     with pytest.raises(ConfigError, match=r"several packages: tails_\w+:tails, tails_\w+:tails"):
         get_policy("tails")
+
+
+def test_the_documented_one_works() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    source = text.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(source, names)
+    register_policy("late_deviation", names["late_deviation"])
+    layout = make_layout([(3, 20), (2, 20)], prefix=17)
+    deviations = torch.arange(layout.length).float()
+    result = blend(
+        FakeForward(layout, deviations=deviations), layout, BlendConfig(policy="late_deviation", forced_tokens=1)
+    )
+    assert result.policy == "late_deviation"
+    assert result.recomputed.tolist() == [20, 42, 58, 59, 60, 61]
 
 
 def test_an_unknown_name_lists_the_known(install: Callable[[str, str, str], None]) -> None:

@@ -4,6 +4,7 @@ float32 on SmolLM2; eager, and with vLLM's compiled model and CUDA graphs."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from cacheblend_rag import Generation, policies
+from cacheblend_rag import BlendConfig, Generation, policies
 from cacheblend_rag.engines.vllm import VllmEngine
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.passes import Selection
 
 from .conftest import (
     Case,
@@ -164,18 +167,52 @@ def test_i3_plain_after_blended_is_plain(case: Case) -> None:
     assert float((after - plain).abs().max()) <= allowed
 
 
-@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+@pytest.mark.parametrize("policy", [name for name in policies.policy_names() if name != "none"])
 def test_i7_same_prompt_same_logits(case: Case, policy: str) -> None:
     """Again from the start, and again over its own blocks in the prefix cache."""
     ids = case.ids(case.prompt(4, chunks=6))
     allowed = noise(case, ids, case.logits(ids, mode="off"))
-    first = case.logits(ids, policy=policy)
-    repeated = first_logits(case, ids, policy=policy)
-    again = case.logits(ids, policy=policy)
+    first = case.logits(ids, policy=policy, forced_tokens=4)
+    repeated = first_logits(case, ids, policy=policy, forced_tokens=4)
+    again = case.logits(ids, policy=policy, forced_tokens=4)
     assert float((repeated - first).abs().max()) <= allowed
     assert float((again - first).abs().max()) <= allowed
     answer = case.engine.generate(case.prompt(5, chunks=6), max_tokens=2, blend={"policy": policy})
     assert (answer.stats.decision, answer.stats.policy) == ("blend", policy)
+
+
+class _Gives:
+    """A policy that is not ours, which chooses on the GPU."""
+
+    reads_question = False
+
+    def __init__(self, positions: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._positions = positions
+
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+        yield from ()
+        return "mine", self._positions(layout.matched[:8].cuda())
+
+
+@pytest.mark.parametrize(
+    ("positions", "what"),
+    [
+        (lambda matched: matched, ""),
+        (lambda matched: matched.flip(0), "must return ascending positions"),
+        (lambda matched: matched[[0, 0]], "must return ascending positions"),
+        (lambda matched: matched + 10**6, "chose a position"),
+        (lambda matched: matched - 10**6, "chose a position"),
+    ],
+    ids=["good", "unsorted", "repeated", "behind the end", "negative"],
+)
+def test_choices_of_others_are_checked_on_the_gpu(
+    case: Case, positions: Callable[[torch.Tensor], torch.Tensor], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(policies._POLICIES, "mine", _Gives(positions))
+    forget_prefixes(case.engine)
+    stats = case.engine.generate(case.prompt(5, chunks=6), max_tokens=1, blend={"policy": "mine"}).stats
+    assert stats.decision == ("prefill" if what else "blend")
+    assert ("blending failed: policy 'mine' " + what in stats.reason) == bool(what)
 
 
 def test_concurrent_requests(case: Case) -> None:
