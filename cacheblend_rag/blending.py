@@ -177,10 +177,12 @@ def forced_positions(layout: PromptLayout, config: BlendConfig, budget: int) -> 
 
 def _choose(forward: BlendForward, layout: PromptLayout, config: BlendConfig, budget: int) -> Selection:
     """The forced positions, and what the policy chooses with the rest of the budget."""
-    forced = forced_positions(layout, config, budget)
+    forced = layout.matched[:0]
+    if config.forced_tokens:
+        forced = forced_positions(layout, config, budget)
+        layout = layout.counting_as_missed(forced)
     if len(forced) == budget:
         return "", forced
-    layout = layout.counting_as_missed(forced)
     needed = int((layout.missed >= forward.exact_tokens).sum())
     budget = max(forward.affordable_rows(budget - len(forced) + needed) - needed, 1)
     name, chosen = yield from get_policy(config.policy).select(layout, budget, config, forward.num_layers)
@@ -202,10 +204,9 @@ def _check_choice(policy: str, chosen: torch.Tensor, layout: PromptLayout, budge
         raise PolicyError(f"policy {policy!r} chose {len(chosen)} tokens with a budget of {budget}")
     if chosen.device.type != "cpu" and is_built_in(policy):
         return  # to read them back would stall the GPU; ``top_positions`` keeps to the rest
-    is_ascending = (chosen[1:] > chosen[:-1]).all()
-    is_matched = torch.isin(chosen, upload(layout.matched, chosen.device)).all()
-    is_ascending, is_matched = torch.stack([is_ascending, is_matched]).tolist()
+    rules = [chosen[1:] > chosen[:-1], torch.isin(chosen, upload(layout.matched, chosen.device))]
+    is_ascending, is_offered = torch.stack([rule.all() for rule in rules]).tolist()  # read back once
     if not is_ascending:
         raise PolicyError(f"policy {policy!r} must return ascending positions without repeats")
-    if not is_matched:
+    if not is_offered:
         raise PolicyError(f"policy {policy!r} chose a position that it was not offered")

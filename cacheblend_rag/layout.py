@@ -97,9 +97,11 @@ class PromptLayout:
 
     def counting_as_missed(self, positions: torch.Tensor) -> PromptLayout:
         """The same prompt when some matched positions (int64, ascending) are recomputed whatever is chosen."""
+        is_among = torch.zeros(self.length, dtype=torch.bool)
+        is_among[positions] = True
         return dataclasses.replace(
             self,
-            matched=self.matched[~torch.isin(self.matched, positions)],
+            matched=self.matched[~is_among[self.matched]],
             missed=torch.cat([self.missed, positions]).sort().values,
         )
 

@@ -181,6 +181,24 @@ def test_i7_same_prompt_same_logits(case: Case, policy: str) -> None:
     assert (answer.stats.decision, answer.stats.policy) == ("blend", policy)
 
 
+@pytest.mark.parametrize("policy", ["hkvd", "hkvd_kv"])
+def test_kernels_measure_what_the_backend_measures(
+    case: Case, policy: str, choices: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second check layer rows are those that were chosen at the first: scattered, and on the GPU."""
+    model = connectors(case.engine)[1]._worker._model
+    if model.kernel_passes is None:
+        pytest.skip("no kernels for this case")
+    ids = case.ids(case.prompt(6, chunks=6))
+    case.logits(ids, policy=policy, check_layers=(1, 3))
+    monkeypatch.setattr(model, "kernel_passes", None)
+    case.logits(ids, policy=policy, check_layers=(1, 3))
+    with_kernels, without = (set(positions.tolist()) for positions in choices)
+    shared = len(with_kernels & without) / min(len(with_kernels), len(without))
+    print(f"{policy}: {len(with_kernels)} and {len(without)} chosen, {shared:.0%} shared")
+    assert shared > 0.8  # the rest is rounding
+
+
 class _Gives:
     """A policy that is not ours, which chooses on the GPU."""
 
