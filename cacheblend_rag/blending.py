@@ -20,8 +20,8 @@ import torch
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout, upload
-from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute
-from cacheblend_rag.policies import get_policy
+from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
+from cacheblend_rag.policies import get_policy, is_built_in, top_positions
 
 
 class Moment(Protocol):
@@ -50,7 +50,7 @@ class BlendForward(Protocol):
     def affordable_rows(self, rows: int) -> int:
         """The most rows, up to ``rows``, that are recomputed without waste; ``rows`` if it doesn't matter."""
 
-    def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+    def deviations(self, rows: torch.Tensor, layer: int, keys: bool = False) -> torch.Tensor:
         """See :class:`~cacheblend_rag.passes.Deviations`."""
 
     def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
@@ -67,7 +67,8 @@ class BlendResult:
     Attributes:
         logits: float32 ``[vocabulary]``: logits of the first token; empty if the engine computes the last row itself.
         recomputed: int64: the matched positions that were recomputed.
-        policy: Who chose them; empty where there was nothing to choose.
+        policy: Who chose them; empty where there was nothing to choose (at ratio 0 and 1, or if all that is paid for is
+            forced).
         started: When choosing began,
         selected: when it ended and the fusing pass began,
         finished: and when that ended.
@@ -113,7 +114,7 @@ def run_pass(forward: BlendForward, wanted: Pass) -> torch.Tensor:
     """Run one pass over one prompt."""
     match wanted:
         case Deviations():
-            return forward.deviations(wanted.rows, wanted.layer)
+            return forward.deviations(wanted.rows, wanted.layer, wanted.keys)
         case QuestionAttention():
             return forward.question_attention(wanted.rows, wanted.question, wanted.layers)
         case Recompute():
@@ -150,11 +151,7 @@ def blend_passes(
     elif budget == 0:
         chosen = layout.matched[:0]
     else:
-        needed = int((layout.missed >= forward.exact_tokens).sum())
-        budget = max(forward.affordable_rows(budget + needed) - needed, 1)
-        policy = get_policy(config.policy)
-        policy_name, chosen = yield from policy.select(layout, budget, config, forward.num_layers)
-        _check_choice(policy_name, chosen, layout, budget)
+        policy_name, chosen = yield from _choose(forward, layout, config, budget)
     selected = forward.now()
     # What stands before the first segment may have become exact while selecting.
     missed = layout.missed[layout.missed >= forward.exact_tokens]
@@ -162,17 +159,54 @@ def blend_passes(
     return BlendResult(logits, chosen, policy_name, started, selected, forward.now())
 
 
+def forced_positions(layout: PromptLayout, config: BlendConfig, budget: int) -> torch.Tensor:
+    """What is recomputed whatever the policy chooses (int64, ascending): the first tokens of each segment.
+
+    What stands before a chunk is not what it was prefilled behind, which the first tokens behind such a seam feel most.
+    Those before a seam need nothing: they don't see what follows.
+
+    Args:
+        layout: The prompt.
+        config: The request's settings.
+        budget: Most of them; those nearest to the heads of their segments are taken.
+    """
+    places = layout.places_in_segments()
+    heads = places < config.forced_tokens
+    return top_positions(layout.matched[heads], -places[heads], budget)
+
+
+def _choose(forward: BlendForward, layout: PromptLayout, config: BlendConfig, budget: int) -> Selection:
+    """The forced positions, and what the policy chooses with the rest of the budget."""
+    forced = layout.matched[:0]
+    if config.forced_tokens:
+        forced = forced_positions(layout, config, budget)
+        layout = layout.counting_as_missed(forced)
+    if len(forced) == budget:
+        return "", forced
+    needed = int((layout.missed >= forward.exact_tokens).sum())
+    budget = max(forward.affordable_rows(budget - len(forced) + needed) - needed, 1)
+    name, chosen = yield from get_policy(config.policy).select(layout, budget, config, forward.num_layers)
+    _check_choice(config.policy, chosen, layout, budget)
+    if len(forced):
+        chosen = torch.cat([chosen, upload(forced, chosen.device)]).sort().values
+    return name, chosen
+
+
 def _check_choice(policy: str, chosen: torch.Tensor, layout: PromptLayout, budget: int) -> None:
     """A bad choice must not become a wrong answer."""
+    if not isinstance(chosen, torch.Tensor):
+        raise PolicyError(f"policy {policy!r} must return a tensor, not {type(chosen).__name__}")
     if chosen.dtype != torch.int64 or chosen.dim() != 1:
         raise PolicyError(
             f"policy {policy!r} must return a 1-d int64 tensor, not {chosen.dtype} of shape {tuple(chosen.shape)}"
         )
     if len(chosen) > budget:
         raise PolicyError(f"policy {policy!r} chose {len(chosen)} tokens with a budget of {budget}")
-    if chosen.device.type != "cpu":
+    if chosen.device.type != "cpu" and is_built_in(policy):
         return  # to read them back would stall the GPU; ``top_positions`` keeps to the rest
-    if bool((chosen[1:] <= chosen[:-1]).any()):
+    rules = [chosen[1:] > chosen[:-1], torch.isin(chosen, upload(layout.matched, chosen.device))]
+    is_ascending, is_offered = torch.stack([rule.all() for rule in rules]).tolist()  # read back once
+    if not is_ascending:
         raise PolicyError(f"policy {policy!r} must return ascending positions without repeats")
-    if not bool(torch.isin(chosen, layout.matched).all()):
-        raise PolicyError(f"policy {policy!r} chose a position that no chunk covers")
+    if not is_offered:
+        raise PolicyError(f"policy {policy!r} chose a position that it was not offered")

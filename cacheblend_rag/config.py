@@ -19,9 +19,11 @@ class BlendConfig:
     Attributes:
         recompute_ratio: Share of the matched tokens whose KV is recomputed, in [0, 1]. 0 is full reuse, 1 is exactly
             plain prefill.
-        check_layers: Layers (0-based, ascending) at which ``hkvd`` compares fresh with cached values. Several layers
-            filter gradually (CacheBlend, section 4.3).
+        check_layers: Layers (0-based, ascending) at which fresh KV is compared with cached. At several, ``hkvd`` and
+            ``hkvd_kv`` filter gradually (CacheBlend, section 4.3); ``hybrid`` takes the last.
         policy: Name of the selection policy, see ``cacheblend_rag.policies``.
+        forced_tokens: The first so many tokens of each run of a chunk are recomputed, whatever the policy chooses, as
+            far as ``recompute_ratio`` pays for them.
         min_reused_tokens: With ``mode="auto"``, prompts that would reuse fewer tokens than this are prefilled plainly.
         mode: ``"auto"`` blends where it pays, ``"blend"`` wherever a chunk is known, ``"off"`` never.
 
@@ -32,6 +34,7 @@ class BlendConfig:
     recompute_ratio: float = 0.15
     check_layers: tuple[int, ...] = (1,)
     policy: str = "query_aware"
+    forced_tokens: int = 0
     min_reused_tokens: int = 512
     mode: Mode = "auto"
 
@@ -45,10 +48,10 @@ class BlendConfig:
         if sorted(set(layers)) != list(layers):
             raise ConfigError(f"check_layers must be ascending without repeats, not {self.check_layers!r}")
         object.__setattr__(self, "check_layers", layers)
-        if not is_whole(self.min_reused_tokens) or self.min_reused_tokens < 0:
-            raise ConfigError(
-                f"min_reused_tokens must be a whole number of tokens from 0, not {self.min_reused_tokens!r}"
-            )
+        for name in ("forced_tokens", "min_reused_tokens"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 0:
+                raise ConfigError(f"{name} must be a whole number of tokens from 0, not {value!r}")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, not {self.mode!r}")
 

@@ -95,6 +95,21 @@ class PromptLayout:
         """The same prompt when only its exact prefix is reused."""
         return PromptLayout.build(self.length, prefix=self.prefix, prefix_segments=self.prefix_segments)
 
+    def counting_as_missed(self, positions: torch.Tensor) -> PromptLayout:
+        """The same prompt when some matched positions (int64, ascending) are recomputed whatever is chosen."""
+        is_among = torch.zeros(self.length, dtype=torch.bool)
+        is_among[positions] = True
+        return dataclasses.replace(
+            self,
+            matched=self.matched[~is_among[self.matched]],
+            missed=torch.cat([self.missed, positions]).sort().values,
+        )
+
+    def places_in_segments(self) -> torch.Tensor:
+        """For each matched position, how many tokens of its segment stand before it: int64 ``[matched]``."""
+        starts = torch.tensor([segment.start for segment in self.segments], dtype=torch.int64)
+        return self.matched - starts[torch.searchsorted(starts, self.matched, right=True) - 1]
+
     @property
     def question_start(self) -> int:
         """First position of the question: the unmatched tail after the last segment."""

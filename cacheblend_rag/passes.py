@@ -21,15 +21,17 @@ class Deviations:
     """Run rows up to the values of a layer, keeping their fresh KV there and in the layers before.
 
     Sent back is float32 ``[rows]``: the squared L2 distance between fresh and cached values of that layer, over all
-    heads.
+    heads. If keys count, theirs is added: both stand at the row's position, the cached one by having been shifted.
 
     Attributes:
         rows: What is run.
         layer: The last layer, 0-based.
+        keys: Whether keys count too.
     """
 
     rows: torch.Tensor
     layer: int
+    keys: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

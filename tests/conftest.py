@@ -52,6 +52,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def policies_to_test(num_layers: int) -> list[str]:
+    """Policies that a model of so many layers is tested with: SmolLM2 takes seconds a prompt, the random ones don't."""
+    return ["hkvd", "query_aware", *(["hkvd_kv", "hybrid"] if num_layers < 10 else [])]
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Directory of SmolLM2-135M-Instruct."""

@@ -348,6 +348,8 @@ class TestQuery:
         none, some = document(*ask, "--ratio", 0), document(*ask, "--ratio", 0.5, "--policy", "hkvd")
         assert none["stats"]["recomputed_tokens"] == 0 < some["stats"]["recomputed_tokens"]
         assert some["stats"]["policy"] == "hkvd"
+        forced = document(*ask, "--policy", "none", "--forced-tokens", 2)["stats"]
+        assert 0 < forced["recomputed_tokens"] <= 2 * forced["segments"]
         assert document(*ask[:-1], "off")["stats"]["decision"] == "prefill"
         assert document(*ask[:-1], "auto")["stats"]["reason"].endswith("min_reused_tokens is 512")
 

@@ -14,7 +14,7 @@ NAN, INFINITY = float("nan"), float("inf")
     [
         *({"recompute_ratio": value} for value in (-0.1, 1.1, NAN, INFINITY, True, "0.15", None)),
         *({"check_layers": value} for value in ((), (-1,), (1, 1), (2, 1), (True,), (1.0,))),
-        *({"min_reused_tokens": value} for value in (-1, 1.5, True, None)),
+        *({name: value} for name in ("forced_tokens", "min_reused_tokens") for value in (-1, 1.5, True, None)),
         {"policy": "no such policy"},
         {"mode": "fast"},
     ],

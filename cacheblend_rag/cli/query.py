@@ -33,6 +33,9 @@ def query(
     top_k: Annotated[int, typer.Option(min=1, help="Most passages to retrieve.")] = 6,
     ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute, from 0 to 1.")] = 0.15,
     policy: Annotated[str, typer.Option(help="How tokens are chosen for that.")] = "query_aware",
+    forced_tokens: Annotated[
+        int, typer.Option(help="First tokens of each run of a chunk that are among them in any case.")
+    ] = 0,
     mode: Annotated[
         str, typer.Option(help="auto: blend where it pays; blend: wherever a chunk is known; off: never.")
     ] = "auto",
@@ -55,7 +58,7 @@ def query(
     from cacheblend_rag import BlendConfig
 
     prompt = None if prompt_file is None else options.read_text(prompt_file)
-    blend = BlendConfig(recompute_ratio=ratio, policy=policy, mode=mode)  # type: ignore[arg-type]  # it checks
+    blend = BlendConfig(recompute_ratio=ratio, policy=policy, forced_tokens=forced_tokens, mode=mode)  # type: ignore[arg-type]  # it checks
     options.require_store(store)
     with options.open_engine(
         model,

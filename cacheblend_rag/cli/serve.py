@@ -24,6 +24,9 @@ def serve(
     codec: options.Codec = "raw",
     ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute, from 0 to 1.")] = 0.15,
     policy: Annotated[str, typer.Option(help="How tokens are chosen for that.")] = "query_aware",
+    forced_tokens: Annotated[
+        int, typer.Option(help="First tokens of each run of a chunk that are among them in any case.")
+    ] = 0,
     mode: Annotated[
         str, typer.Option(help="auto: blend where it pays; blend: wherever a chunk is known; off: never.")
     ] = "auto",
@@ -60,6 +63,7 @@ def serve(
             "blend": {
                 "recompute_ratio": ratio,
                 "policy": policy,
+                "forced_tokens": forced_tokens,
                 "mode": mode,
                 "min_reused_tokens": min_reused_tokens,
             },

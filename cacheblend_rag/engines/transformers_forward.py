@@ -70,9 +70,9 @@ class PromptForward:
             else:
                 rotate_keys(keys, shift, out=target[layer, 0])
 
-    def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+    def deviations(self, rows: torch.Tensor, layer: int, keys: bool = False) -> torch.Tensor:
         """See :meth:`blending.BlendForward.deviations`."""
-        forward_pass = _Pass(self._kv, rows, deviation_layer=layer)
+        forward_pass = _Pass(self._kv, rows, deviation_layer=layer, deviation_keys=keys)
         with contextlib.suppress(_Stop):
             self._run(forward_pass)
         assert forward_pass.deviations is not None
@@ -132,6 +132,7 @@ class _Pass(Cache):
         kv: The prompt's KV buffer.
         rows: int64 positions, ascending.
         deviation_layer: Stop at this layer once its deviations are known.
+        deviation_keys: Whether keys count in them, too.
         question_rows: The last so many rows are the question, whose attention is watched; nothing is computed that only
             logits would need.
         question_layers: The layers where it counts.
@@ -143,6 +144,7 @@ class _Pass(Cache):
         rows: torch.Tensor,
         *,
         deviation_layer: int | None = None,
+        deviation_keys: bool = False,
         question_rows: int = 0,
         question_layers: range = range(0),
     ) -> None:
@@ -152,6 +154,7 @@ class _Pass(Cache):
         self._end = int(rows[-1]) + 1
         self._kv = kv
         self._deviation_layer = deviation_layer
+        self._deviation_keys = deviation_keys
         self._question_layers = question_layers
         self.question_mass = torch.zeros(self._end, dtype=torch.float32, device=kv.device)
         self._question_rows = question_rows
@@ -162,11 +165,13 @@ class _Pass(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows' KV (``[1, kv_heads, rows, head_dim]``) at their positions; returns that of all positions."""
         keys, values = self._kv[layer_idx]
-        fresh = value_states[0].transpose(0, 1)
-        if layer_idx == self._deviation_layer:  # before the fresh values take the cached ones' place
-            self.deviations = (fresh.float() - values[self.rows].float()).square().sum(dim=(1, 2))
-        keys[self.rows] = key_states[0].transpose(0, 1)
-        values[self.rows] = fresh
+        fresh_keys, fresh_values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        if layer_idx == self._deviation_layer:  # before the fresh KV takes the cached KV's place
+            self.deviations = _squared_distances(fresh_values, values[self.rows])
+            if self._deviation_keys:
+                self.deviations += _squared_distances(fresh_keys, keys[self.rows])
+        keys[self.rows] = fresh_keys
+        values[self.rows] = fresh_values
         if layer_idx == self._deviation_layer:
             raise _Stop
         return keys[: self._end].transpose(0, 1)[None], values[: self._end].transpose(0, 1)[None]
@@ -189,6 +194,11 @@ class _Pass(Cache):
             if layer == len(self._kv) - 1:
                 raise _Stop
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _squared_distances(fresh: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """Of ``[rows, kv_heads, head_dim]`` each; float32 ``[rows]``."""
+    return (fresh.float() - cached.float()).square().sum(dim=(1, 2))
 
 
 def _attention(

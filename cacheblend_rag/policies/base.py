@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class SelectionPolicy(Protocol):
     """Chooses which matched tokens of a prompt are recomputed.
 
+    The same prompt must always give the same choice, on all ranks of an engine too: a policy has no state, and draws
+    nothing from a random generator that is not seeded by the prompt.
+
     Attributes:
         reads_question: Whether the choice depends on what stands after the last chunk. If not, prompts that differ only
             there may share blended KV.
@@ -26,7 +29,7 @@ class SelectionPolicy(Protocol):
         """Choose.
 
         Args:
-            layout: What is matched and what is missed.
+            layout: What is matched and what is missed. Forced tokens are among the missed.
             budget: Most tokens to choose, at least 1 and fewer than are matched.
             config: The request's settings.
             num_layers: Decoder layers of the model.

@@ -3,17 +3,21 @@
 CacheBlend (arXiv 2405.16444), section 4.3: the tokens with high KV deviation at one layer are mostly those of the next,
 so the first layers tell which tokens matter in all. Several check layers filter gradually: each leaves fewer tokens.
 
+``hkvd`` compares values only, which are the same wherever a token stands; ``hkvd_kv`` compares keys too, shifted to the
+same position. Keys are larger than values in most models, so there they decide.
+
 Cost: the layers before the last check layer, and its QKV projections, over all tokens up to the last chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
 
 from cacheblend_rag.layout import upload
-from cacheblend_rag.passes import Deviations, Selection
+from cacheblend_rag.passes import Deviations, Pass, Selection
 from cacheblend_rag.policies.base import top_positions
 
 if TYPE_CHECKING:
@@ -22,22 +26,38 @@ if TYPE_CHECKING:
 
 
 class HKVD:
-    """Highest KV deviation first."""
+    """Highest KV deviation first.
+
+    Args:
+        keys: Whether keys count too.
+    """
 
     reads_question = False
 
+    def __init__(self, *, keys: bool = False) -> None:
+        self._keys = keys
+
     def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
-        missed = layout.missed[layout.missed < layout.question_start]
         candidates = layout.matched
         checks = len(config.check_layers)
         for done, layer in enumerate(config.check_layers, start=1):
-            rows = torch.cat([candidates, upload(missed, candidates.device)]).sort().values
-            among_rows = torch.searchsorted(rows, candidates)
-            deviations = yield Deviations(rows, layer)
+            deviations = yield from measure_deviations(layout, candidates, layer, keys=self._keys)
             # Gradual filtering: the share kept shrinks linearly to the budget at the last check layer.
             keep = budget * (2 * checks - done) // checks
-            candidates = top_positions(
-                upload(candidates, deviations.device), deviations[upload(among_rows, deviations.device)], keep
-            )
-        return "hkvd", candidates
+            candidates = top_positions(upload(candidates, deviations.device), deviations, keep)
+        return "hkvd_kv" if self._keys else "hkvd", candidates
+
+
+def measure_deviations(
+    layout: PromptLayout, candidates: torch.Tensor, layer: int, *, keys: bool = False
+) -> Generator[Pass, torch.Tensor, torch.Tensor]:
+    """How far some matched positions deviate at a layer, float32 ``[candidates]``: one pass.
+
+    What is missed before the last chunk runs along: the candidates are to see it as it is.
+    """
+    missed = layout.missed[layout.missed < layout.question_start]
+    rows = torch.cat([candidates, upload(missed, candidates.device)]).sort().values
+    among_rows = torch.searchsorted(rows, candidates)
+    deviations = yield Deviations(rows, layer, keys)
+    return deviations[upload(among_rows, deviations.device)]

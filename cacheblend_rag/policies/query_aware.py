@@ -4,6 +4,8 @@ The question's rows run through all layers over the reused KV. Where their atten
 layers, is where wrong KV would show in the answer. At equal budget this closes more of the gap to full prefill than the
 deviation of early values does, and it needs no pass over all tokens.
 
+Source: this project.
+
 Cost: one pass over the missed tokens (the template, the question, cold chunks).
 """
 
@@ -35,12 +37,18 @@ class QueryAware:
 
     def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
-        question = torch.arange(layout.question_start, layout.length)[-MAX_QUESTION_TOKENS:]
-        if len(question) < MIN_QUESTION_TOKENS:
+        question = find_question(layout)
+        if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
         matched = upload(layout.matched, attention.device)
         return "query_aware", top_positions(matched, attention[matched], budget)
+
+
+def find_question(layout: PromptLayout) -> torch.Tensor | None:
+    """The positions of the question (int64, ascending), or None where none follows the passages."""
+    question = torch.arange(layout.question_start, layout.length)[-MAX_QUESTION_TOKENS:]
+    return question if len(question) >= MIN_QUESTION_TOKENS else None
 
 
 def watched_layers(num_layers: int) -> range:

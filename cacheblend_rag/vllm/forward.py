@@ -31,6 +31,7 @@ from cacheblend_rag.rope import rotate_keys, shift_table
 from cacheblend_rag.store.codecs import decode
 from cacheblend_rag.vllm.compat import fast_operators
 from cacheblend_rag.vllm.model import PagedModel
+from cacheblend_rag.vllm.paged_kv import PagedKV
 
 _FEW_RUNS = 8  # of neighbouring rows: so few are fast as sequences of the backend
 _MOST_ROWS = 2048  # of a pass of the simple path, whatever the engine's steps hold: larger ones gain nothing
@@ -140,12 +141,12 @@ class PagedForward:
             ]
         )
 
-    def deviations(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+    def deviations(self, rows: torch.Tensor, layer: int, keys: bool = False) -> torch.Tensor:
         """See :meth:`blending.BlendForward.deviations`. Summed over ranks: all have to choose the same tokens."""
         self.deviation_passes.append((rows, layer))
         kernel_passes = self._model.kernel_passes
         if kernel_passes is not None and is_scattered(rows):
-            parts = [kernel_passes.deviations(part, layer) for part in self.slices(rows)]
+            parts = [kernel_passes.deviations(part, layer, keys) for part in self.slices(rows)]
             summed: torch.Tensor = self._model.tp.all_reduce(torch.cat(parts))
             return summed
         found: list[torch.Tensor] = []
@@ -158,8 +159,7 @@ class PagedForward:
                 key, value = (x.view(-1, kv.num_kv_heads, kv.head_dim) for x in args[1:3])
                 if kernel_passes is not None:
                     kernel_passes.stream.wait(layer)
-                cached = kv.values_at(layer, self.block_ids, where)
-                found.append((value.float() - cached.float()).square().sum(dim=(1, 2)))
+                found.append(measure_deviations(kv, layer, self.block_ids, where, key if keys else None, value))
                 kv.write(layer, key, value, self._slots(where))
                 raise _Stop
 
@@ -307,6 +307,37 @@ def run_rows(
             input_ids=token_ids, positions=positions.contiguous(), intermediate_tensors=None, inputs_embeds=None
         )
     return hidden
+
+
+def measure_deviations(
+    kv: PagedKV,
+    layer: int,
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor | None,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Squared distances between fresh KV, which is not written yet, and cached, over this rank's heads.
+
+    Args:
+        kv: The cache.
+        layer: Where both are from.
+        block_ids: int64 ``[blocks]``: the sequence's block table.
+        positions: int64 ``[rows]``.
+        keys: Fresh keys ``[rows, kv_heads, head_dim]``; None: they don't count.
+        values: Fresh values.
+
+    Returns:
+        float32 ``[rows]``.
+    """
+    found = _squared_distances(values, kv.values_at(layer, block_ids, positions))
+    if keys is not None:
+        found += _squared_distances(keys, kv.keys_at(layer, block_ids, positions))
+    return found
+
+
+def _squared_distances(fresh: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    return (fresh.float() - cached.float()).square().sum(dim=(1, 2))
 
 
 def is_scattered(rows: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from cacheblend_rag.attention.watching import watch_rows
 from cacheblend_rag.layout import upload
 from cacheblend_rag.policies.query_aware import watched_layers
 from cacheblend_rag.vllm.compat import fast_operators, flash_attention_3
-from cacheblend_rag.vllm.forward import PromptRows, is_scattered
+from cacheblend_rag.vllm.forward import PromptRows, is_scattered, measure_deviations
 from cacheblend_rag.vllm.model import PagedModel
 from cacheblend_rag.vllm.packing import MOST_PROMPTS
 from cacheblend_rag.vllm.streaming import LayerStream
@@ -131,15 +131,15 @@ class KernelPasses:
         share = self._heads * len(self.watched)
         return [self._mass[n, :, : len(p.token_ids)].sum(dim=0).div_(share) for n, p in enumerate(prompts)]
 
-    def deviations(self, prompt: PromptRows, layer: int) -> torch.Tensor:
+    def deviations(self, prompt: PromptRows, layer: int, keys: bool) -> torch.Tensor:
         """Run rows up to the values of a layer, and keep their KV; see :class:`cacheblend_rag.passes.Deviations`."""
         count = len(prompt.rows)
         size = self._fill([prompt], _round_up(count, self.unit(count)), self.tile)
         found: list[torch.Tensor] = []
 
-        def measure(values: torch.Tensor) -> None:
-            cached = self._model.kv.values_at(layer, prompt.block_ids, self._positions[:size])
-            found.append((values.float() - cached.float()).square().sum(dim=(1, 2)))
+        def measure(key: torch.Tensor, value: torch.Tensor) -> None:
+            where, counted = self._positions[:size], key if keys else None
+            found.append(measure_deviations(self._model.kv, layer, prompt.block_ids, where, counted, value))
 
         self._forward(size, stop=layer, before_stop=measure)
         return found[0][:count]
@@ -188,7 +188,7 @@ class KernelPasses:
         *,
         stop: int,
         watching: bool = False,
-        before_stop: Callable[[torch.Tensor], None] | None = None,
+        before_stop: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
         """One pass over the first ``size`` rows of the buffers, up to the attention of layer ``stop``.
 
@@ -226,7 +226,7 @@ class KernelPasses:
         buckets: Buckets | None,
         stop: int,
         watching: bool,
-        before_stop: Callable[[torch.Tensor], None] | None,
+        before_stop: Callable[[torch.Tensor, torch.Tensor], None] | None,
         **__: Any,
     ) -> torch.Tensor:
         """What an attention layer does in our passes: ``[rows, heads * head_dim]``, KV written."""
@@ -236,7 +236,7 @@ class KernelPasses:
         key, value = (x.view(count, kv.num_kv_heads, kv.head_dim) for x in (key, value))
         self.stream.wait(number)
         if number == stop and before_stop is not None:
-            before_stop(value)
+            before_stop(key, value)
         kv.write(number, key, value, self._slots[:count])
         watched = watching and number in self.watched
         if number == stop and not watched:

@@ -73,6 +73,12 @@ class PagedKV:
         strides = (cache.stride(0), *inner)
         return cache.as_strided(shape, strides, first + key_at), cache.as_strided(shape, strides, first + value_at)
 
+    def keys_at(self, layer: int, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The keys at some positions (int64 ``[tokens]``) of a sequence: ``[tokens, kv_heads, head_dim]``."""
+        if not self.is_strided:
+            return self.read_keys(layer, block_ids)[positions]
+        return self.views(layer)[0][block_ids[positions // self.block_size], positions % self.block_size]
+
     def values_at(self, layer: int, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The values at some positions (int64 ``[tokens]``) of a sequence: ``[tokens, kv_heads, head_dim]``."""
         if not self.is_strided:

@@ -17,6 +17,7 @@ import torch
 from cacheblend_rag.blending import BlendResult, blend_passes
 from cacheblend_rag.chunks import ChunkKV, ChunkScope
 from cacheblend_rag.decision import decide
+from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
@@ -32,7 +33,7 @@ from cacheblend_rag.vllm.packing import run_blends
 logger = logging.getLogger(__name__)
 
 _READERS = 4  # threads: one alone, which also checks and pins what it reads, is slower than a fast disk
-_REMEMBERED = 1024  # choices: for 32k tokens, a megabyte each with hkvd, a tenth of it with query_aware
+_REMEMBERED = 1024  # choices: for 32k tokens, a megabyte each where deviations were measured, else a tenth of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,8 @@ class WorkerHalf:
 
     def _fall_back(self, job: BlendJob, error: Exception) -> None:
         self._log_fault("blending failed, the prompt is prefilled plainly", error)
-        self._prefill(job)
+        reason = f"blending failed: {error}" if isinstance(error, PolicyError) else "blending failed, see the log"
+        self._prefill(job, reason)
 
     def _log_fault(self, what: str, error: Exception) -> None:
         """Log an exception, the first time; the metrics count them all."""
@@ -299,9 +301,9 @@ class WorkerHalf:
             blend.stats.policy = end.policy
             self._report(blend.job, blend.stats, end)
 
-    def _prefill(self, job: BlendJob) -> None:
+    def _prefill(self, job: BlendJob, reason: str = "blending failed, see the log") -> None:
         stats = BlendStats(len(job.token_ids), prefix_tokens=job.hit, missed_tokens=len(job.token_ids) - job.hit)
-        stats.decision, stats.reason = "prefill", "blending failed, see the log"
+        stats.decision, stats.reason = "prefill", reason
         started = time.perf_counter()
         try:
             self._forward(job).recompute(torch.arange(job.hit, len(job.token_ids)))

@@ -16,7 +16,7 @@ from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.engines.transformers_model import LoadedModel
 from cacheblend_rag.store import MemoryStore
 
-from ..conftest import ARCHITECTURES
+from ..conftest import ARCHITECTURES, policies_to_test
 
 BLEND = BlendConfig(mode="blend")
 
@@ -69,6 +69,11 @@ class Case:
             + "".join(parts)
             + f"Question {seed}: what comes next, and why?\nAnswer:"
         )
+
+    @property
+    def policies(self) -> list[str]:
+        """Policies that are tested on this model."""
+        return policies_to_test(self.engine.num_layers)
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt."""

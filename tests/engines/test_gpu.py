@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cacheblend_rag.policies import policy_names
+
 from ..conftest import ARCHITECTURES
 from .conftest import Case, open_engine, random_text
 
@@ -53,9 +55,9 @@ def test_i1_ratio_one_is_plain_prefill(gpu_case: Case, seed: int) -> None:
     assert float((gpu_case.logits(ids, recompute_ratio=0.0) - plain).abs().max()) > allowed
 
 
-@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+@pytest.mark.parametrize("policy", policy_names())
 def test_i7_same_prompt_same_tokens(gpu_case: Case, policy: str) -> None:
-    prompt = gpu_case.prompt(4)
-    answers = [gpu_case.engine.generate(prompt, max_tokens=8, blend={"policy": policy}) for _ in range(3)]
+    prompt, blend = gpu_case.prompt(4), {"policy": policy, "forced_tokens": 3}
+    answers = [gpu_case.engine.generate(prompt, max_tokens=8, blend=blend) for _ in range(3)]
     assert answers[0].stats.decision == "blend"
     assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids

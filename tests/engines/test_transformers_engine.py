@@ -397,7 +397,10 @@ def test_bad_settings_say_what_and_what_to_do(engine: TransformersEngine, smollm
     prompt = "Say yes."
     bad: list[tuple[str, Callable[[], object]]] = [
         ("recompute_ratio must be", lambda: engine.generate(prompt, blend={"recompute_ratio": 1.5})),
-        ("known are hkvd, query_aware", lambda: engine.generate(prompt, blend={"policy": "best"})),
+        (
+            "known are chunk_heads, hkvd, hkvd_kv, hybrid, none, query_aware, random",
+            lambda: engine.generate(prompt, blend={"policy": "best"}),
+        ),
         ("unknown blend setting", lambda: engine.generate(prompt, blend={"ratio": 0.1})),
         ("unknown sampling setting", lambda: engine.generate(prompt, max_new_tokens=3)),
         ("check_layers", lambda: engine.generate(prompt, blend={"check_layers": (99,)})),

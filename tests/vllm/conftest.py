@@ -34,6 +34,8 @@ from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import MemoryStore
 from cacheblend_rag.vllm.forward import PagedForward, run_rows
 
+from ..conftest import policies_to_test
+
 BLEND = BlendConfig(mode="blend")
 PRIMER = "Some passages follow.\n\n"
 # Head size 32 and up is what vLLM's attention takes on CPU.
@@ -162,6 +164,11 @@ class Case:
             + f"Question {seed}: what comes next, and why?\nAnswer:"
         )
 
+    @property
+    def policies(self) -> list[str]:
+        """Policies that are tested on this model."""
+        return policies_to_test(self.engine.num_layers)
+
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt."""
         return self.engine._prompt_ids(prompt)
@@ -171,7 +178,7 @@ class Case:
         forget_prefixes(self.engine)
         with recorded_logits(self.engine) as logits:
             answer = self.engine.generate(prompt, max_tokens=1, blend=blend)
-        assert answer.stats.reason != "blending failed, see the log"
+        assert "blending failed" not in answer.stats.reason
         return logits[-1][0]  # of the last step: those before it end within the prompt
 
 
@@ -232,6 +239,21 @@ def random_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three policies of that kind, by the side of ours."""
     for seed in range(3):
         monkeypatch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Everything that policies choose."""
+    found: list[torch.Tensor] = []
+    for policy in list(policies._POLICIES.values()):
+
+        def select(*args: Any, original: Any = policy.select) -> Selection:
+            name, chosen = yield from original(*args)
+            found.append(chosen)
+            return name, chosen
+
+        monkeypatch.setattr(policy, "select", select)
+    return found
 
 
 @torch.inference_mode()

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag import Generation, StoreError
+from cacheblend_rag import Generation, StoreError, policies
 from cacheblend_rag.engines.model_files import tokenize_chunk
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.passes import Selection
 from cacheblend_rag.vllm import forward
 
 from ..engines.test_faults import FAULTS
@@ -288,13 +290,19 @@ def test_a_fault_while_storing(case: Case, hook: str, monkeypatch: pytest.Monkey
 
 
 def test_a_policy_that_breaks_its_contract(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cacheblend_rag.policies.query_aware import QueryAware
+    class Broken:
+        reads_question = False
 
+        def select(self, layout: PromptLayout, *args: Any) -> Selection:
+            yield from ()
+            return "broken", layout.missed[:1]
+
+    monkeypatch.setitem(policies._POLICIES, "broken", Broken())
     prompt = case.prompt(3)
     plain = without(case, prompt, mode="off")
-    monkeypatch.setattr(QueryAware, "select", lambda *args: ("bad", args[2].missed))
-    broken = case.engine.generate(prompt, **SETTINGS)
+    broken = case.engine.generate(prompt, blend={"policy": "broken"}, **SETTINGS)
     assert (broken.token_ids, broken.stats.decision) == (plain.token_ids, "prefill")
+    assert "policy 'broken' chose a position" in broken.stats.reason
 
 
 def test_an_engine_that_dies_answers_everybody(model: str, engines: Engines) -> None:

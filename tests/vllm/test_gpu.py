@@ -4,6 +4,7 @@ float32 on SmolLM2; eager, and with vLLM's compiled model and CUDA graphs."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from cacheblend_rag import Generation, policies
+from cacheblend_rag import BlendConfig, Generation, policies
 from cacheblend_rag.engines.vllm import VllmEngine
+from cacheblend_rag.layout import PromptLayout
+from cacheblend_rag.passes import Selection
 
 from .conftest import (
     Case,
@@ -172,18 +175,70 @@ def test_i3_plain_after_blended_is_plain(case: Case) -> None:
     assert float((after - plain).abs().max()) <= allowed
 
 
-@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
+@pytest.mark.parametrize("policy", [name for name in policies.policy_names() if name != "none"])
 def test_i7_same_prompt_same_logits(case: Case, policy: str) -> None:
     """Again from the start, and again over its own blocks in the prefix cache."""
     ids = case.ids(case.prompt(4, chunks=6))
     allowed = noise(case, ids, case.logits(ids, mode="off"))
-    first = case.logits(ids, policy=policy)
-    repeated = first_logits(case, ids, policy=policy)
-    again = case.logits(ids, policy=policy)
+    first = case.logits(ids, policy=policy, forced_tokens=4)
+    repeated = first_logits(case, ids, policy=policy, forced_tokens=4)
+    again = case.logits(ids, policy=policy, forced_tokens=4)
     assert float((repeated - first).abs().max()) <= allowed
     assert float((again - first).abs().max()) <= allowed
     answer = case.engine.generate(case.prompt(5, chunks=6), max_tokens=2, blend={"policy": policy})
     assert (answer.stats.decision, answer.stats.policy) == ("blend", policy)
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "hkvd_kv"])
+def test_kernels_measure_what_the_backend_measures(
+    case: Case, policy: str, choices: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second check layer rows are those that were chosen at the first: scattered, and on the GPU."""
+    model = connectors(case.engine)[1]._worker._model
+    if model.kernel_passes is None:
+        pytest.skip("no kernels for this case")
+    ids = case.ids(case.prompt(6, chunks=6))
+    case.logits(ids, policy=policy, check_layers=(1, 3))
+    monkeypatch.setattr(model, "kernel_passes", None)
+    case.logits(ids, policy=policy, check_layers=(1, 3))
+    with_kernels, without = (set(positions.tolist()) for positions in choices)
+    shared = len(with_kernels & without) / min(len(with_kernels), len(without))
+    print(f"{policy}: {len(with_kernels)} and {len(without)} chosen, {shared:.0%} shared")
+    assert shared > 0.8  # the rest is rounding
+
+
+class _Gives:
+    """A policy that is not ours, which chooses on the GPU."""
+
+    reads_question = False
+
+    def __init__(self, positions: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._positions = positions
+
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+        yield from ()
+        return "mine", self._positions(layout.matched[:8].cuda())
+
+
+@pytest.mark.parametrize(
+    ("positions", "what"),
+    [
+        (lambda matched: matched, ""),
+        (lambda matched: matched.flip(0), "must return ascending positions"),
+        (lambda matched: matched[[0, 0]], "must return ascending positions"),
+        (lambda matched: matched + 10**6, "chose a position"),
+        (lambda matched: matched - 10**6, "chose a position"),
+    ],
+    ids=["good", "unsorted", "repeated", "behind the end", "negative"],
+)
+def test_choices_of_others_are_checked_on_the_gpu(
+    case: Case, positions: Callable[[torch.Tensor], torch.Tensor], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(policies._POLICIES, "mine", _Gives(positions))
+    forget_prefixes(case.engine)
+    stats = case.engine.generate(case.prompt(5, chunks=6), max_tokens=1, blend={"policy": "mine"}).stats
+    assert stats.decision == ("prefill" if what else "blend")
+    assert ("blending failed: policy 'mine' " + what in stats.reason) == bool(what)
 
 
 def test_concurrent_requests(case: Case) -> None:

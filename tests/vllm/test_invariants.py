@@ -19,6 +19,7 @@ from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.vllm.forward import PagedForward
 
+from ..engines.conftest import open_engine as open_embedded
 from .conftest import (
     BLEND,
     CHUNKS,
@@ -91,7 +92,7 @@ def test_i2_exact_kv_gives_exact_answers(
     # Captured at other positions, KV has the rounding of other angles: no better than the model's own logits there.
     tolerance = max(TOLERANCE, max_difference(moved_logits(case.engine, ids, shift), plain))
     assert tolerance < 5 * TOLERANCE
-    for policy in policies.policy_names():
+    for policy in (*case.policies, "random0", "random1", "random2"):
         for ratio in (0.0, 0.1, 0.5, 0.95):
             logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
             assert max_difference(logits, plain) < tolerance, (policy, ratio)
@@ -134,24 +135,40 @@ def test_i4_shifted_keys_are_those_computed_there(case: Case, old: int, new: int
     forget_prefixes(case.engine)
 
 
-@pytest.mark.parametrize("policy", ["hkvd", "query_aware"])
-def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case, policy: str) -> None:
+def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case) -> None:
     prompts = [case.prompt(seed) for seed in range(2)]
-    settings = {"max_tokens": 5, "blend": {"policy": policy}, "logprobs": 3}
-    forget_prefixes(case.engine)
-    alone = [case.engine.generate(p, **settings) for p in prompts]
-    repeated = [case.engine.generate(p, **settings) for p in prompts]  # over their own blocks in the prefix cache
-    forget_prefixes(case.engine)
-    again = [case.engine.generate(p, **settings) for p in prompts]
-    forget_prefixes(case.engine)
-    batch = case.engine.generate(prompts, **settings)
-    for answers in (repeated, again, batch):
-        assert [a.token_ids for a in answers] == [a.token_ids for a in alone]
-        assert all(a.stats.decision in ("blend", "prefix") for a in answers)
-        for mine, theirs in zip(answers, alone, strict=True):
-            assert mine.logprobs is not None and theirs.logprobs is not None
-            for a, b in zip(mine.logprobs, theirs.logprobs, strict=True):
-                assert all(abs(a[t] - b[t]) < TOLERANCE for t in a.keys() & b.keys())
+    for policy in case.policies:
+        settings = {"max_tokens": 5, "blend": {"policy": policy, "forced_tokens": 2}, "logprobs": 3}
+        forget_prefixes(case.engine)
+        alone = [case.engine.generate(p, **settings) for p in prompts]
+        repeated = [case.engine.generate(p, **settings) for p in prompts]  # over their own blocks in the prefix cache
+        forget_prefixes(case.engine)
+        again = [case.engine.generate(p, **settings) for p in prompts]
+        forget_prefixes(case.engine)
+        batch = case.engine.generate(prompts, **settings)
+        for answers in (repeated, again, batch):
+            assert_alike(answers, alone, TOLERANCE)
+            assert all(a.stats.decision in ("blend", "prefix") for a in answers)
+
+
+def test_every_policy_chooses_as_in_the_embedded_engine(
+    case: Case, directory: str, choices: list[torch.Tensor]
+) -> None:
+    """Each engine with chunk KV of its own: what differs is rounding."""
+    prompt = case.prompt(11, chunks=2)
+    used = [text for text in CHUNKS if text[30:60] in prompt]
+    with open_embedded(directory, primer=PRIMER) as embedded:
+        embedded.warm(used)
+        for policy in policies.policy_names():
+            blend = {"policy": policy, "recompute_ratio": 0.2, "forced_tokens": 2}
+            forget_prefixes(case.engine)
+            stats = [one.generate(prompt, max_tokens=1, blend=blend).stats for one in (embedded, case.engine)]
+            expected, chosen = (set(positions.tolist()) for positions in choices[-2:])
+            assert len(chosen) == len(expected), policy
+            assert len(chosen ^ expected) <= 2, policy  # a pair of tokens within rounding of each other
+            assert [one.policy for one in stats] == [policy] * 2
+            assert [one.recomputed_tokens for one in stats] == [len(chosen) + 2 * 2] * 2
+    assert len(choices) == 2 * len(policies.policy_names())
 
 
 # Constrained answers

@@ -82,13 +82,21 @@ def test_only_policies_that_read_the_question_keep_questions_apart(case: Case) -
         other = case.engine.generate(prompt("Who was there?", 0, 1), max_tokens=1, blend={"policy": policy})
         return other.stats.prefix_tokens
 
-    assert hit("query_aware") == len(SYSTEM) // BLOCK * BLOCK
-    assert hit("hkvd") >= len(prompt("", 0, 1)) // BLOCK * BLOCK - BLOCK
+    for policy in ("query_aware", "hybrid"):
+        assert hit(policy) == len(SYSTEM) // BLOCK * BLOCK
+    for policy in ("hkvd", "hkvd_kv", "chunk_heads", "random", "none"):
+        assert hit(policy) >= len(prompt("", 0, 1)) // BLOCK * BLOCK - BLOCK
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"recompute_ratio": 0.4}, {"policy": "hkvd"}, {"policy": "hkvd", "check_layers": [2]}, {"mode": "off"}],
+    [
+        {"recompute_ratio": 0.4},
+        {"policy": "hkvd"},
+        {"policy": "hkvd", "check_layers": [2]},
+        {"forced_tokens": 2},
+        {"mode": "off"},
+    ],
     ids=str,
 )
 def test_other_settings_never_meet(case: Case, change: dict[str, Any]) -> None:

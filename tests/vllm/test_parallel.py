@@ -24,7 +24,8 @@ from .conftest import BLEND, CHUNKS, WIDE, Case, Engines, connectors, forget_pre
 from .servers import SERVE, serving
 
 POLICIES = ["hkvd", "query_aware"]
-RATIOS = [0.0, 0.15, 0.5, 1.0]
+ASKED = [(policy, ratio) for policy in POLICIES for ratio in (0.0, 0.15, 0.5, 1.0)]
+ASKED += [(policy, 0.15) for policy in ("hkvd_kv", "hybrid", "random")]
 NO_ANSWERS = {"choices", "stored", "prefetched", "with a loss"}
 
 
@@ -53,18 +54,15 @@ def answers(model: str, store: str, ranks: int) -> dict[str, Any]:
     warmed = engine.warm(CHUNKS)
     case = Case(engine, CHUNKS)
     found: dict[str, Any] = {"stored": warmed.stored}
-    for policy in POLICIES:
-        for ratio in RATIOS:
-            prompt = case.prompt(POLICIES.index(policy) * 10 + RATIOS.index(ratio))
-            answer = engine.generate(
-                prompt, max_tokens=6, logprobs=4, blend={"policy": policy, "recompute_ratio": ratio}
-            )
-            stats = answer.stats
-            found[f"{policy} {ratio}"] = {
-                "token_ids": answer.token_ids,
-                "logprobs": [[*sorted(entry.items())] for entry in answer.logprobs or []],
-                "stats": [stats.decision, stats.reused_tokens, stats.recomputed_tokens, stats.faults],
-            }
+    for seed, (policy, ratio) in enumerate(ASKED):
+        blend = {"policy": policy, "recompute_ratio": ratio}
+        answer = engine.generate(case.prompt(seed), max_tokens=6, logprobs=4, blend=blend)
+        stats = answer.stats
+        found[f"{policy} {ratio}"] = {
+            "token_ids": answer.token_ids,
+            "logprobs": [[*sorted(entry.items())] for entry in answer.logprobs or []],
+            "stats": [stats.decision, stats.reused_tokens, stats.recomputed_tokens, stats.faults],
+        }
     found["choices"] = engine._thread.engine.collective_rpc(rank_choices)
     found["prefetched"] = prefetched_chunks(engine)
     found["with a loss"] = with_a_loss(case)

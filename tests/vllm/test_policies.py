@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cacheblend_rag import policies
 from cacheblend_rag.engines.transformers import TransformersEngine
-from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import open_store
 
 from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes
@@ -47,22 +45,17 @@ def embedded(directory: str, store: Path) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-@pytest.fixture
-def choices(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Everything that policies choose."""
-    found: list[torch.Tensor] = []
-    for policy in list(policies._POLICIES.values()):
-
-        def select(*args: Any, original: Any = policy.select) -> Selection:
-            name, chosen = yield from original(*args)
-            found.append(chosen)
-            return name, chosen
-
-        monkeypatch.setattr(policy, "select", select)
-    return found
-
-
-@pytest.mark.parametrize("blend", [{"policy": "hkvd"}, {"policy": "hkvd", "check_layers": (0, 2)}, {}], ids=str)
+@pytest.mark.parametrize(
+    "blend",
+    [
+        {"policy": "hkvd"},
+        {"policy": "hkvd", "check_layers": (0, 2)},
+        {"policy": "hkvd_kv", "check_layers": (1, 2)},
+        {"policy": "hybrid", "forced_tokens": 3},
+        {},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("begins_with_primer", [False, True])
 def test_both_engines_choose_alike(
     engines: Engines,

@@ -1,0 +1,42 @@
+"""Hybrid: recompute the tokens that the question looks at and whose cached values are wrong.
+
+A token's score is the attention that the question pays to it, as in ``query_aware``, times the distance between its
+fresh and its cached values, the square root of what ``hkvd`` sorts by. That is about what its values add to the error
+of the question's attention: neither a wrong token that nobody looks at, nor a right one.
+
+Source: this project, from ``query_aware`` and CacheBlend (arXiv 2405.16444), section 4.3.
+
+Cost: the passes of both. With one check layer, the first: the layers before it, and its QKV projections, over all
+tokens up to the last chunk, and all layers over the missed tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cacheblend_rag.layout import upload
+from cacheblend_rag.passes import QuestionAttention, Selection
+from cacheblend_rag.policies.base import top_positions
+from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
+from cacheblend_rag.policies.query_aware import find_question, watched_layers
+
+if TYPE_CHECKING:
+    from cacheblend_rag.config import BlendConfig
+    from cacheblend_rag.layout import PromptLayout
+
+
+class Hybrid:
+    """Highest product of attention and deviation first; ``hkvd`` where no question follows the passages."""
+
+    reads_question = True
+
+    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        # Deviations first: they leave fresh KV in the first layers, over which the question then reads the rest.
+        deviations = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+        matched = upload(layout.matched, attention.device)
+        return "hybrid", top_positions(matched, attention[matched] * deviations.sqrt(), budget)
