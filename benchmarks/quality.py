@@ -41,10 +41,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from cacheblend_rag import PromptTooLongError, load_engine
+from cacheblend_rag import ChunkTooLongError, PromptTooLongError, load_engine
 from cacheblend_rag.diagnostics.quality_plot import plot_quality
 from cacheblend_rag.engines.transformers import Scores, TransformersEngine
-from cacheblend_rag.policies import policy_names
+from cacheblend_rag.policies import get_policy, policy_names
 from cacheblend_rag.store import open_store
 
 STORE_BYTES = 16 << 30
@@ -144,7 +144,7 @@ class Benchmark:
         try:
             with self._warm(question.passages):
                 return place | self._measure(question)
-        except (PromptTooLongError, NotBlendedError) as error:
+        except (ChunkTooLongError, PromptTooLongError, NotBlendedError) as error:
             return {**place, "left_out": str(error), "modes": {}}
 
     @contextlib.contextmanager
@@ -263,8 +263,11 @@ def print_tables(results: Record) -> None:
         console.print(table)
 
 
-def _words(text: str) -> list[str]:
-    return text.split(",")
+def _policies(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        get_policy(name)
+    return names
 
 
 def _budgets(text: str) -> list[float]:
@@ -283,7 +286,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, action="append", default=[], help="questions; none: the example corpus")
     parser.add_argument("--questions", type=int, help="most of each data set")
     parser.add_argument("--offset", type=int, default=0, help="leave out so many first ones")
-    parser.add_argument("--policies", type=_words, default=policy_names(), help="names with commas between them")
+    parser.add_argument("--policies", type=_policies, default=policy_names(), help="names with commas between them")
     parser.add_argument("--budgets", type=_budgets, default="0.05,0.10,0.15,0.25,0.50,1", help="likewise, in (0, 1]")
     parser.add_argument("--primer", choices=PRIMERS, default="system", help="what chunks are read behind")
     parser.add_argument("--answers", action="store_true", help="all modes answer by themselves")

@@ -71,10 +71,10 @@ def read_records(paths: Sequence[Path]) -> tuple[list[Record], list[Record]]:
         runs.append(run)
         for record in records:
             known = questions.setdefault((record["dataset"], record["number"]), record)
-            if known["modes"]:
-                known["modes"] |= record["modes"]
-            else:
+            if not known["modes"]:  # left out there
                 questions[record["dataset"], record["number"]] = record
+            for mode, measured in record["modes"].items():
+                known["modes"][mode] = known["modes"].get(mode, {}) | measured
     for run in runs:
         if any(run["settings"][name] != runs[0]["settings"][name] for name in _COMMON):
             raise ValueError(f"these runs don't belong together: they differ in one of {', '.join(_COMMON)}")

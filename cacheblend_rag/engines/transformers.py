@@ -168,6 +168,8 @@ class TransformersEngine(Engine):
             ConfigError: a bad setting, or token ids outside the vocabulary.
             PromptTooLongError: prompt plus continuation does not fit the context.
         """
+        if isinstance(continuations, str):
+            raise ConfigError("give a list of continuations, one of them alone too")
         config, _ = self._settings(blend, {})
         ids = self._prompt_ids(prompt)
         token_ids = [self._continuation_ids(continuation) for continuation in continuations]
