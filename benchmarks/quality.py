@@ -87,7 +87,7 @@ def compared_modes(policies: list[str], budgets: list[float], primer: str) -> li
         Mode(FULL_REUSE + suffix, primer, "", 0.0),
     ]
     modes += [
-        Mode(f"{policy} {budget:.0%}{suffix}", primer, policy, budget)
+        Mode(f"{policy} {100 * budget:g}%{suffix}", primer, policy, budget)
         for policy in policies
         for budget in budgets
         if budget < 1
@@ -136,9 +136,10 @@ class Benchmark:
 
         Returns:
             ``dataset``, ``number``, ``prompt_tokens``; ``answer_tokens`` of full prefill's own answer and of the gold
-            one; and by mode ``kl`` and ``top1`` (of either answer, summed over its tokens), ``computed_tokens`` (of the
-            prompt), and where it answered by itself ``answer`` and its metrics. A question that can't be measured has
-            no modes, and ``left_out`` says why.
+            one; and by mode ``kl`` and ``top1`` (of either answer, summed over its tokens), ``computed_tokens`` of the
+            prompt (choosing them costs more), ``chosen_by`` (a policy may leave it to another), and where it answered
+            by itself ``answer`` and its metrics. A question that can't be measured has no modes, and ``left_out`` says
+            why.
         """
         place: Record = {"dataset": question.dataset, "number": question.number}
         try:
@@ -187,6 +188,7 @@ def compare(expected: list[torch.Tensor], scores: Scores) -> Record:
         "kl": [divergence(*pair) for pair in pairs],
         "top1": [agreement(*pair) for pair in pairs],
         "computed_tokens": scores.stats.recomputed_tokens + scores.stats.missed_tokens,
+        "chosen_by": scores.stats.policy,
     }
 
 
@@ -195,44 +197,51 @@ def judge(answer: str, question: Question) -> Record:
     return {"answer": answer, **answer_metrics(answer, question.answers)}
 
 
-def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
-    """Measure; returns the run, alone in a list, and the questions' records."""
-    modes = compared_modes(options.policies, options.budgets, options.primer)
+def load_engines(options: argparse.Namespace) -> dict[str, TransformersEngine]:
+    """The model, once for each primer that is compared."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
 
     def render_chat(messages: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    primers = {"system": system_prefix(render_chat), "passage": None, "none": ""}
-    with contextlib.ExitStack() as stack:
-        engines: dict[str, TransformersEngine] = {}
-        for primer in dict.fromkeys(["system", options.primer]):
-            store = open_store(None, memory_bytes=STORE_BYTES)
-            engine = load_engine(
-                options.model, store=store, primer=primers[primer], dtype=options.dtype, device=options.device
-            )
-            assert isinstance(engine, TransformersEngine)
-            engines[primer] = stack.enter_context(engine)
-        engine = engines["system"]
-        datasets = [read_questions(path) for path in options.data]
-        datasets = datasets or [read_corpus(engine.count_tokens, tokens=options.corpus_tokens)]
-        asked = [one for dataset in datasets for one in dataset[options.offset :][: options.questions]]
-        settings = {name: getattr(options, name) for name in ("primer", "max_tokens", "corpus_tokens")}
-        settings |= {"model": Path(options.model).name, "dtype": engine.scope.fingerprint.dtype}
-        header: Record = {"command": command(), "machine": machine(), "settings": settings}
-        header["modes"] = [dataclasses.asdict(mode) for mode in [Mode(FULL_PREFILL, "", "", 1.0), *modes]]
-        records = []
-        with open(options.records or os.devnull, "w", encoding="utf-8") as file:
-            print(json.dumps(header), file=file, flush=True)
-            benchmark = Benchmark(engines, modes, options.max_tokens, options.answers)
-            for count, question in enumerate(asked, start=1):
-                started = time.perf_counter()
-                record = benchmark.measure(question)
-                records.append(record)
-                print(json.dumps(record), file=file, flush=True)
-                what = record.get("left_out") or f"{record['prompt_tokens']} tokens"
-                place = f"{count}/{len(asked)}: {question.dataset} {question.number}"
-                print(f"{place}: {what}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+    texts = {"system": system_prefix(render_chat), "passage": None, "none": ""}
+    engines = {}
+    for primer in dict.fromkeys(["system", options.primer]):
+        store = open_store(None, memory_bytes=STORE_BYTES)
+        engine = load_engine(
+            options.model, store=store, primer=texts[primer], dtype=options.dtype, device=options.device
+        )
+        assert isinstance(engine, TransformersEngine)
+        engines[primer] = engine
+    return engines
+
+
+def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
+    """Measure; returns the run, alone in a list, and the questions' records."""
+    modes = compared_modes(options.policies, options.budgets, options.primer)
+    engines = load_engines(options)
+    engine = engines["system"]
+    datasets = [read_questions(path) for path in options.data]
+    datasets = datasets or [read_corpus(engine.count_tokens, tokens=options.corpus_tokens)]
+    asked = [one for dataset in datasets for one in dataset[options.offset :][: options.questions]]
+    settings = {name: getattr(options, name) for name in ("primer", "max_tokens", "corpus_tokens")}
+    settings |= {"model": Path(options.model).name, "dtype": engine.scope.fingerprint.dtype}
+    header: Record = {"command": command(), "machine": machine(), "settings": settings}
+    header["modes"] = [dataclasses.asdict(mode) for mode in [Mode(FULL_PREFILL, "", "", 1.0), *modes]]
+    benchmark = Benchmark(engines, modes, options.max_tokens, options.answers)
+    records = []
+    with open(options.records or os.devnull, "w", encoding="utf-8") as file:
+        print(json.dumps(header), file=file, flush=True)
+        for count, question in enumerate(asked, start=1):
+            started = time.perf_counter()
+            record = benchmark.measure(question)
+            records.append(record)
+            print(json.dumps(record), file=file, flush=True)
+            what = record.get("left_out") or f"{record['prompt_tokens']} tokens"
+            place = f"{count}/{len(asked)}: {question.dataset} {question.number}"
+            print(f"{place}: {what}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+    for engine in engines.values():
+        engine.close()
     return [header], records
 
 

@@ -147,6 +147,7 @@ def _of_mode(name: str, records: list[Record]) -> Record:
     kl_per_token = of_questions[0] / tokens
     row: Record = {
         "questions": len(records),
+        "chosen_by": sorted({record["modes"][name]["chosen_by"] for record in records}),
         "computed_share": float(np.median(column(name, "computed_tokens") / column(FULL_PREFILL, "computed_tokens"))),
         "closure": bootstrap(closure, *of_questions)
         | {

@@ -164,6 +164,18 @@ def test_a_run_and_its_merge(
     assert "query_aware, none primer" in paths["plot.svg"].read_text()
 
 
+@pytest.mark.slow
+def test_a_run_on_the_example_corpus(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["--questions", 2, "--corpus-tokens", 600, "--max-tokens", 4, "--budgets", "0.15,1", "--json", path]
+    run(monkeypatch, "--model", smollm2, "--dtype", "float32", "--device", "cpu", *arguments)
+    rows = rows_of(path)
+    assert rows["recompute 100%"]["kl_per_token"]["mean"] < 1e-7
+    for policy in policy_names():
+        assert rows[f"{policy} 15%"]["questions"] == 2
+        assert rows[f"{policy} 15%"]["computed_share"] < 0.3
+
+
 def test_what_is_not_blended_is_left_out(
     smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ SETTINGS = {"model": "m", "dtype": "float32", "max_tokens": 8, "corpus_tokens": 
 
 
 def mode_record(own: float, gold: float, top1: tuple[int, int] = (2, 3), computed: int = 10) -> dict[str, Any]:
-    return {"kl": [own, gold], "top1": list(top1), "computed_tokens": computed}
+    return {"kl": [own, gold], "top1": list(top1), "computed_tokens": computed, "chosen_by": "hkvd"}
 
 
 def question(number: int, hkvd: dict[str, Any], reuse: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def test_the_row_of_a_mode() -> None:
     assert hkvd["kl_per_token"]["worst_decile"] == pytest.approx(0.2 + 0.9 * 0.6)
     assert hkvd["top1_agreement"]["value"] == pytest.approx(7 / 10)
     assert hkvd["computed_share"] == pytest.approx(0.1)
+    assert hkvd["chosen_by"] == ["hkvd"]
     assert rows["best"]["against_baseline"] == {"wins": 1, "losses": 1, "ties": 0, "p": 1.0}
     assert rows["full prefill"]["em"]["value"] == pytest.approx(0.5)
     assert "em" not in hkvd
