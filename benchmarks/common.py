@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,50 @@ def command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
+def rag_messages(passages: list[str], question: str) -> list[dict[str, str]]:
+    """A question behind passages, as a chat."""
+    content = "\n\n".join([*passages, f"Question: {question}"])
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def system_prefix(render_chat: Callable[[list[dict[str, str]]], str]) -> str:
+    """What the prompts of :func:`rag_messages` begin with: a rendered chat up to the user's first word."""
+    mark = "\x00"
+    return render_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": mark}]).split(mark)[0]
+
+
+def corpus_documents() -> dict[str, str]:
+    """The documents of the example corpus, by their path in it."""
+    return {str(path.relative_to(CORPUS)): path.read_text("utf-8") for path in sorted((CORPUS / "docs").iterdir())}
+
+
+def corpus_questions(
+    count_tokens: Callable[[str], int], *, tokens: int, seed: int
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """All questions of the example corpus in random order, each with its documents among others in random order.
+
+    Args:
+        count_tokens: Counts tokens.
+        tokens: Least tokens of passages for each.
+        seed: Chooses the other documents, and the orders.
+
+    Yields:
+        The question's record (``question``, ``answer``, ...) and its passages.
+    """
+    rng = np.random.default_rng(seed)
+    texts = corpus_documents()
+    sizes = {name: count_tokens(text) for name, text in texts.items()}
+    questions = [json.loads(line) for line in (CORPUS / "questions.jsonl").read_text("utf-8").splitlines()]
+    for number in rng.permutation(len(questions)):
+        chosen = list(questions[number]["documents"])
+        others = [name for name in texts if name not in chosen]
+        for other in rng.permutation(len(others)):
+            if sum(sizes[name] for name in chosen) >= tokens:
+                break
+            chosen.append(others[other])
+        yield questions[number], [texts[chosen[n]] for n in rng.permutation(len(chosen))]
+
+
 def corpus_prompts(
     render_chat: Callable[[list[dict[str, str]]], str],
     count_tokens: Callable[[str], int],
@@ -52,7 +97,7 @@ def corpus_prompts(
     tokens: int,
     seed: int,
 ) -> tuple[list[str], list[str]]:
-    """Questions of the example corpus behind whole documents in random order, those that answer them among them.
+    """Some of :func:`corpus_questions` as prompts.
 
     Args:
         render_chat: Makes a prompt of messages.
@@ -64,22 +109,9 @@ def corpus_prompts(
     Returns:
         All documents, and the prompts.
     """
-    rng = np.random.default_rng(seed)
-    texts = {str(path.relative_to(CORPUS)): path.read_text("utf-8") for path in sorted((CORPUS / "docs").iterdir())}
-    sizes = {name: count_tokens(text) for name, text in texts.items()}
-    questions = [json.loads(line) for line in (CORPUS / "questions.jsonl").read_text("utf-8").splitlines()]
-    made = []
-    for number in rng.permutation(len(questions))[:prompts]:
-        chosen = list(questions[number]["documents"])
-        others = [name for name in texts if name not in chosen]
-        for other in rng.permutation(len(others)):
-            if sum(sizes[name] for name in chosen) >= tokens:
-                break
-            chosen.append(others[other])
-        passages = [texts[chosen[n]] for n in rng.permutation(len(chosen))]
-        content = "\n\n".join([*passages, f"Question: {questions[number]['question']}"])
-        made.append(render_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]))
-    return list(texts.values()), made
+    asked = itertools.islice(corpus_questions(count_tokens, tokens=tokens, seed=seed), prompts)
+    made = [render_chat(rag_messages(passages, record["question"])) for record, passages in asked]
+    return list(corpus_documents().values()), made
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

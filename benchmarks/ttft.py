@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SYSTEM, corpus_prompts, write_json
+from common import corpus_prompts, system_prefix, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -46,13 +46,6 @@ def modes(policies: list[str]) -> dict[str, dict[str, Any]]:
         **blends,
         "recompute 100%": {"mode": "blend", "recompute_ratio": 1.0},
     }
-
-
-def system_prefix(engine_chat: Any) -> str:
-    """What every prompt begins with: a rendered chat up to the user's first word."""
-    mark = "\x00"
-    rendered: str = engine_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": mark}])
-    return rendered.split(mark)[0]
 
 
 def measure(engine: Engine, prompts: list[str], compared: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:

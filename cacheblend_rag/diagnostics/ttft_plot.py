@@ -6,9 +6,9 @@ import dataclasses
 import os
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cacheblend_rag.diagnostics.pictures import FAINT, GRID, INK, check_picture_name, new_figure
 from cacheblend_rag.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,12 +16,9 @@ if TYPE_CHECKING:
 
     from cacheblend_rag.stats import BlendStats
 
-_SUFFIXES = (".png", ".svg")
 _BAR_HEIGHT = 0.36
 _BAR_OFFSET = 0.2
 _LABEL_CHARACTERS = 32
-_INK = "#222222"
-_FAINT = "#8A8A8A"
 
 # Field of BlendStats, its label, its colour: from Okabe and Ito's palette, which any colour vision tells apart.
 _PARTS = (
@@ -61,20 +58,14 @@ def plot_ttft_parts(rows: Sequence[TTFTPair], path: str | os.PathLike[str]) -> N
         ConfigError: another suffix, or no rows.
         OSError: the file can't be written.
     """
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"the picture's name must end in {' or '.join(_SUFFIXES)}, not {os.fspath(path)!r}")
+    check_picture_name(path)
     if not rows:
         raise ConfigError("nothing to plot: give at least one pair of measurements")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # No pyplot: it keeps global state and may look for a display.
-    figure = Figure(figsize=(10, 1.7 + 0.75 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.7 + 0.75 * len(rows))
     axes = figure.add_subplot()
     for index, row in enumerate(rows):
-        _draw_bar(axes, index - _BAR_OFFSET, row.full, "full prefill", _FAINT)
-        _draw_bar(axes, index + _BAR_OFFSET, row.blended, f"blend, {_compare(row)}", _INK)
+        _draw_bar(axes, index - _BAR_OFFSET, row.full, "full prefill", FAINT)
+        _draw_bar(axes, index + _BAR_OFFSET, row.blended, f"blend, {_compare(row)}", INK)
     _dress(axes, rows)
     figure.savefig(path, dpi=160)
 
@@ -106,16 +97,16 @@ def _dress(axes: Axes, rows: Sequence[TTFTPair]) -> None:
     from matplotlib.patches import Patch
 
     labels = [textwrap.fill(row.label, _LABEL_CHARACTERS) for row in rows]
-    axes.set_yticks(range(len(rows)), labels, color=_INK, parse_math=False)  # a "$" in a question is a "$"
+    axes.set_yticks(range(len(rows)), labels, color=INK, parse_math=False)  # a "$" in a question is a "$"
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", colors=_FAINT)
+    axes.tick_params(axis="x", colors=FAINT)
     longest = max(max(row.full.ttft, row.blended.ttft) for row in rows)
     axes.set_xlim(0, 1.35 * longest)  # room for the text at the bars' ends
-    axes.set_xlabel("seconds to first token", color=_INK)
+    axes.set_xlabel("seconds to first token", color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     handles = [Patch(color=colour, label=label) for _, label, colour in _PARTS]
     axes.figure.legend(handles=handles, loc="outside upper center", ncols=len(_PARTS), frameon=False, fontsize=9)

@@ -27,12 +27,28 @@ from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
-from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
+from cacheblend_rag.stats import BlendStats, FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.store import ChunkStore
 from cacheblend_rag.store.codecs import check_codec
 from cacheblend_rag.structured import structural_tag
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the model expects of given continuations of a prompt.
+
+    Attributes:
+        logits: For each continuation float32 ``[tokens, vocabulary]`` on the model's device: row n belongs to its token
+            n, after the prompt and the tokens before it.
+        token_ids: The continuations.
+        stats: How the prompt was read; there is no first token.
+    """
+
+    logits: list[torch.Tensor]
+    token_ids: list[list[int]]
+    stats: BlendStats
 
 
 class TransformersEngine(Engine):
@@ -135,6 +151,46 @@ class TransformersEngine(Engine):
                 progress(done, len(encoded))
         return WarmReport(stored, len(encoded) - stored, tokens, size, time.perf_counter() - started)
 
+    def score(
+        self,
+        prompt: Prompt,
+        continuations: Sequence[Prompt],
+        *,
+        blend: Mapping[str, Any] | BlendConfig | None = None,
+    ) -> Scores:
+        """Read a prompt as :meth:`generate` would, then given continuations of it in place of the model's own.
+
+        To measure what a blend changes: compare with the logits for ``blend={"mode": "off"}``. The prompt is read once
+        for all continuations.
+
+        Args:
+            prompt: Text or token ids.
+            continuations: Text (tokenised by itself) or token ids. The prompt and any one must fit the context.
+            blend: Settings for this call.
+
+        Raises:
+            ConfigError: a bad setting, or token ids outside the vocabulary.
+            PromptTooLongError: prompt plus continuation does not fit the context.
+        """
+        if isinstance(continuations, str):
+            raise ConfigError("give a list of continuations, one of them alone too")
+        config, _ = self._settings(blend, {})
+        ids = self._prompt_ids(prompt)
+        token_ids = [self._continuation_ids(continuation) for continuation in continuations]
+        longest = max(map(len, token_ids), default=0)
+        self._check_length(len(ids), longest)
+        device = self._loaded.model.device
+        with self._lock, torch.inference_mode():
+            read = self._reader.read_prompt(ids, len(ids) + longest, config)
+            logits = []
+            for continuation in token_ids:
+                rows = [read.logits[None]]
+                if len(continuation) > 1:
+                    rows.append(read.forward.look_ahead(torch.tensor(continuation[:-1], device=device)))
+                logits.append(torch.cat(rows)[: len(continuation)])
+        self.counts[read.stats.decision] += 1
+        return Scores(logits, token_ids, read.stats)
+
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
         return sum(map(self.library.evict, self._encode_chunks(chunks)))
@@ -191,6 +247,12 @@ class TransformersEngine(Engine):
             return tokenize_prompt(self._loaded.tokenizer, prompt)
         self._check_vocabulary(prompt, "the prompt")
         return np.asarray(prompt, np.int32)
+
+    def _continuation_ids(self, continuation: Prompt) -> list[int]:
+        if isinstance(continuation, str):
+            return [int(token) for token in tokenize_chunk(self._loaded.tokenizer, continuation)]
+        self._check_vocabulary(continuation, "a continuation")
+        return list(continuation)
 
     def _check_vocabulary(self, token_ids: Sequence[int], what: str) -> None:
         vocabulary = self._loaded.model.config.vocab_size

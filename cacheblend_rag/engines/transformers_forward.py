@@ -97,17 +97,39 @@ class PromptForward:
         self._token_ids = torch.cat([self._token_ids, self._token_ids.new_tensor([token_id])])
         return self.recompute(torch.tensor([len(self._token_ids) - 1]))
 
+    def look_ahead(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Run tokens that would come next, without appending them: what is run later overwrites their KV.
+
+        Args:
+            token_ids: int64 ``[tokens]`` on the model's device, at least one.
+
+        Returns:
+            float32 ``[tokens, vocabulary]``: the logits after each.
+        """
+        known = self._token_ids
+        self._token_ids = torch.cat([known, token_ids])
+        try:
+            rows = torch.arange(len(known), len(self._token_ids))
+            return self._run_for_logits(_Pass(self._kv, rows), len(rows))
+        finally:
+            self._token_ids = known
+
     def _run(self, forward_pass: _Pass) -> torch.Tensor:
+        """Run; returns the float32 logits ``[vocabulary]`` after the last row."""
+        return self._run_for_logits(forward_pass, 1)[-1]
+
+    def _run_for_logits(self, forward_pass: _Pass, count: int) -> torch.Tensor:
+        """Run; returns the float32 logits ``[count, vocabulary]`` after the last ``count`` rows."""
         rows = forward_pass.rows
         output = self._model(
             input_ids=self._token_ids[rows][None],
             position_ids=rows[None],
             past_key_values=forward_pass,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=count,
             row_pass=forward_pass,
         )
-        logits: torch.Tensor = output.logits[0, -1].float()
+        logits: torch.Tensor = output.logits[0].float()
         return logits
 
     def _extend_exact(self, rows: torch.Tensor) -> None:

@@ -49,7 +49,7 @@ class LoadedModel:
         """An uninitialised KV buffer ``[layers, 2, tokens, kv_heads, head_dim]``."""
         layers, kv_heads, head_dim = self.kv_shape
         shape = (layers, 2, tokens, kv_heads, head_dim)
-        if self.model.device.type == "cpu":
+        if self.model.device.type == "cpu" and tokens:
             # NumPy asks the system for huge pages where torch does not: a fraction of the page faults.
             size = math.prod(shape) * self.model.dtype.itemsize
             return torch.from_numpy(np.empty(size, np.uint8)).view(self.model.dtype).view(shape)

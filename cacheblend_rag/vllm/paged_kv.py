@@ -75,19 +75,20 @@ class PagedKV:
 
     def keys_at(self, layer: int, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The keys at some positions (int64 ``[tokens]``) of a sequence: ``[tokens, kv_heads, head_dim]``."""
-        if not self.is_strided:
-            return self.read_keys(layer, block_ids)[positions]
-        return self.views(layer)[0][block_ids[positions // self.block_size], positions % self.block_size]
+        return self._at(0, layer, block_ids, positions)
 
     def values_at(self, layer: int, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The values at some positions (int64 ``[tokens]``) of a sequence: ``[tokens, kv_heads, head_dim]``."""
+        """The values at some positions; see :meth:`keys_at`."""
+        return self._at(1, layer, block_ids, positions)
+
+    def _at(self, which: int, layer: int, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self.is_strided:
-            return self.read_values(layer, block_ids)[positions]
+            return self._gather(layer, block_ids, which)[positions]
         at = block_ids[positions // self.block_size], positions % self.block_size
-        values = self.views(layer)[1]
+        elements = self.views(layer)[which]
         if not self.is_float8:
-            return values[at]
-        return self._decode(values.view(torch.uint8)[at], self.scales[layer][1])
+            return elements[at]
+        return self._decode(elements.view(torch.uint8)[at], self.scales[layer][which])
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store keys and values (``[tokens, kv_heads, head_dim]``) of a layer in slots (int64 ``[tokens]``)."""

@@ -291,6 +291,18 @@ def test_a_primer_that_begins_the_prompt_is_an_exact_prefix(smollm2: str) -> Non
             assert got == pytest.approx(expected, abs=1e-3)
 
 
+def test_chunks_may_be_read_behind_nothing(random_models: dict[str, str]) -> None:
+    first, second = random_text(1, 200), random_text(2, 200)
+    with open_engine(random_models["qwen2"], primer="") as engine:
+        engine.warm([first, second])
+        prompt = f"{first}\n\n{second}\n\nWhat comes next?"
+        full = engine.generate(prompt, max_tokens=4, blend={"mode": "off"})
+        blended = engine.generate(prompt, max_tokens=4, blend={"recompute_ratio": 1.0})
+        assert blended.stats.prefix_tokens == 200  # the first chunk stands where it was read
+        assert blended.stats.recomputed_tokens > 150
+        assert blended.token_ids == full.token_ids
+
+
 def test_question_before_the_passages_falls_back_to_hkvd(engine: TransformersEngine) -> None:
     prompt = f"<|im_start|>user\n{QUESTION}\n\n" + "\n\n".join(FACTS) + "<|im_end|>\n"
     generation = engine.generate(prompt, max_tokens=2, blend={"policy": "query_aware"})

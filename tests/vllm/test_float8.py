@@ -80,6 +80,7 @@ def test_a_paged_cache_of_8_bits_is_read_back(scales: tuple[float, float]) -> No
         for read, written, scale in (
             (kv.read_keys(number, blocks)[slots], keys, layer._k_scale),
             (kv.read_values(number, blocks)[slots], values, layer._v_scale),
+            (kv.keys_at(number, blocks, slots), keys, layer._k_scale),
             (kv.values_at(number, blocks, slots), values, layer._v_scale),
         ):
             torch.testing.assert_close(read, written, rtol=2**-4, atol=float(scale) * 2**-10)
