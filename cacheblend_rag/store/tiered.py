@@ -16,11 +16,15 @@ class TieredStore:
     Args:
         memory: Holds copies only.
         disk: Holds every chunk.
+
+    Attributes:
+        keep: What of a chunk is kept in memory, and handed out by :meth:`get`: all of it, unless this is exchanged.
     """
 
     def __init__(self, memory: MemoryStore, disk: DiskStore) -> None:
         self.memory = memory
         self.disk = disk
+        self.keep: Callable[[ChunkKV], ChunkKV] = _all
 
     def __repr__(self) -> str:
         return f"TieredStore({self.memory!r}, {self.disk!r})"
@@ -36,7 +40,7 @@ class TieredStore:
     def put(self, chunk: ChunkKV) -> int:
         """See :meth:`ChunkStore.put`."""
         written = self.disk.put(chunk)
-        self.memory.put(chunk)
+        self.memory.put(self.keep(chunk))
         return written
 
     def get(self, key: str) -> ChunkKV | None:
@@ -47,6 +51,7 @@ class TieredStore:
             return chunk
         chunk = self.disk.get(key)
         if chunk is not None:
+            chunk = self.keep(chunk)
             self.memory.put(chunk)
         return chunk
 
@@ -88,3 +93,7 @@ class TieredStore:
 
 def _tiered(memory_bytes: int, disk: DiskStore) -> TieredStore:
     return TieredStore(MemoryStore(memory_bytes), disk)
+
+
+def _all(chunk: ChunkKV) -> ChunkKV:
+    return chunk

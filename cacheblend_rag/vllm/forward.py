@@ -107,17 +107,16 @@ class PagedForward:
         return rows if passes is None else passes.affordable_rows(rows - 1) + 1
 
     def place(self, pieces: Sequence[tuple[ChunkKV, Segment]]) -> None:
-        """Write the KV of runs of chunks at their positions, keys shifted there, this rank's heads of it."""
+        """Write the KV of runs of chunks, this rank's heads of them, at their positions, keys shifted there."""
         model, device = self._model, self._model.kv.device
         old = torch.cat([torch.arange(s.length, device=device) + (c.start + s.offset) for c, s in pieces])
         new = torch.cat([torch.arange(s.start, s.end, device=device) for _, s in pieces])
         shift = shift_table(model.rotary_table(old), model.rotary_table(new))
         slots = self._slots(new)
-        heads = model.local_heads()
 
         def run(chunk: ChunkKV, segment: Segment, layer: int) -> torch.Tensor:
-            kv = chunk.kv[layer, :, segment.offset : segment.offset + segment.length, heads].to(device)
-            scales = None if chunk.scales is None else chunk.scales[layer, :, heads].to(device)
+            kv = chunk.kv[layer, :, segment.offset : segment.offset + segment.length].to(device)
+            scales = None if chunk.scales is None else chunk.scales[layer].to(device)
             return decode(kv, scales, model.kv.dtype)
 
         for layer in range(self.num_layers):  # one at a time: the float32 copies stay small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
+from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.rope import RotaryTable
 from cacheblend_rag.vllm.compat import native_operators
@@ -74,6 +76,14 @@ class PagedModel:
         ranks, heads = self.tp.world_size, self.total_kv_heads
         first = self.tp.rank_in_group * heads // ranks  # with more ranks than heads, several hold the same one
         return slice(first, first + max(1, heads // ranks))
+
+    def own_heads(self, chunk: ChunkKV) -> ChunkKV:
+        """A chunk with the heads that this rank holds, of one with all heads."""
+        if self.total_kv_heads == self.kv.num_kv_heads or chunk.kv.shape[3] != self.total_kv_heads:
+            return chunk
+        heads = self.local_heads()
+        scales = None if chunk.scales is None else chunk.scales[:, :, heads].contiguous()
+        return dataclasses.replace(chunk, kv=chunk.kv[:, :, :, heads].contiguous(), scales=scales)
 
     @property
     def is_first_rank(self) -> bool:

@@ -29,14 +29,14 @@ class Runs:
 
     Attributes:
         table: int64 ``[8, runs]``, one row each:
-            the address of the first key, first head of this rank, in layer 0 or in the first layer to place;
+            the address of the first key, in layer 0 or in the first layer to place;
             1 where that is layer 0, 0 where it is the first layer to place;
             elements from a layer to the next;
             elements from a key to its value;
             the position that the first token was computed at;
             the position where it goes;
             the address of the block table (int64) of the prompt that it goes to;
-            the address of its scales (``ChunkKV.scales``, first head of this rank); 0: none.
+            the address of its scales (``ChunkKV.scales``); 0: none.
         items: int32 ``[3, items]``, work items of up to 8 tokens: the run, its first token in the run, its tokens.
         dtype: Of the chunks' elements: the model's, or float8.
         scales: What the addresses in the table point to.

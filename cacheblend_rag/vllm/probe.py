@@ -110,7 +110,7 @@ def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[f
         forward = PagedForward(model, token_ids, block_ids.tolist(), 0)
         whole = forward.read(0, tokens)
         some = places[1::3]
-        coming = _all_heads(model, whole)
+        coming = whole.clone()
         coming[:, :, some] = _WRONG
         scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
         chunk = ChunkKV(f"probe-{tokens}", scope, np.zeros(tokens, np.int32), 0, coming.cpu())
@@ -148,8 +148,7 @@ def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
     gaps = run_rows(model, token_ids[some], some, some, table)
 
     scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
-    whole = _all_heads(model, kv)
-    chunk = ChunkKV("", scope, np.zeros(_TOKENS, np.int32), 0, whole.cpu())
+    chunk = ChunkKV("", scope, np.zeros(_TOKENS, np.int32), 0, kv.cpu())
     later = PagedForward(model, torch.zeros(2 * _TOKENS, dtype=torch.int64), block_ids, 0)
     later.place([(chunk, Segment(_SHIFT, _TOKENS, "", 0))])
     shifted = later.read(_SHIFT, _SHIFT + _TOKENS)
@@ -163,13 +162,6 @@ def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
 
 def _tolerance(model: PagedModel) -> float:
     return _FLOAT8_TOLERANCE if model.kv.is_float8 else _TOLERANCE[model.kv.dtype]
-
-
-def _all_heads(model: PagedModel, kv: torch.Tensor) -> torch.Tensor:
-    """A tensor with room for all heads, this rank's filled in: what placing it reads."""
-    whole = kv.new_zeros(*kv.shape[:3], model.total_kv_heads, kv.shape[4])
-    whole[:, :, :, model.local_heads()] = kv
-    return whole
 
 
 def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:

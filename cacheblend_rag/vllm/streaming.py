@@ -80,7 +80,7 @@ class LayerStream:
             event.record()
         views = [model.kv.views(layer) for layer in range(len(model.layers))]
         self._keys, self._values = views[0]
-        self._token_stride = model.total_kv_heads * model.kv.head_dim
+        self._token_stride = model.kv.num_kv_heads * model.kv.head_dim
         self._caches = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in views], device=model.kv.device)
         self._cache_scales = torch.tensor(model.kv.scales, device=model.kv.device)
         self._takes_float8 = torch.cuda.get_device_capability(model.kv.device) >= (8, 9)
@@ -161,20 +161,18 @@ class LayerStream:
     ) -> Runs:
         """Tables for the kernel; ``addresses`` are those of the chunks' first elements."""
         device = self._model.kv.device
-        first_head = self._model.local_heads().start
-        first_element = first_head * self._model.kv.head_dim
         scales = [chunk.scales for chunk, _, _ in pieces if chunk.scales is not None]
         on_device = upload(torch.stack(scales), device) if scales else None
         of_runs = [
             (
-                address + (s.offset * self._token_stride + first_element) * c.kv.itemsize,
+                address + s.offset * self._token_stride * c.kv.itemsize,
                 is_whole,
                 c.kv.stride(0),
                 c.kv.stride(1),
                 c.start + s.offset,
                 s.start,
                 block_ids.data_ptr(),
-                0 if on_device is None else on_device[n].data_ptr() + first_head * on_device.itemsize,
+                0 if on_device is None else on_device[n].data_ptr(),
             )
             for n, ((c, s, block_ids), address, is_whole) in enumerate(zip(pieces, addresses, whole, strict=True))
         ]

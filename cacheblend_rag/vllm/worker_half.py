@@ -126,6 +126,8 @@ class WorkerHalf:
         self.failed_blocks: set[int] = set()
         self._model = model
         self._store = store
+        if isinstance(store, TieredStore):
+            store.keep = model.own_heads  # half the memory and the transfers with two ranks
         self._choices = _Choices()
         self._library: ChunkLibrary | None = None
         self._logged: set[str] = set()
@@ -323,6 +325,7 @@ class WorkerHalf:
             self._log_fault("a chunk can't be read", error)
             return None
         if chunk is not None:
+            chunk = self._model.own_heads(chunk)  # as a memory tier has done
             self._brought[key] = chunk.nbytes
         if chunk is not None and not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
@@ -333,7 +336,7 @@ class WorkerHalf:
         layers, _, _, heads, head_dim = chunk.kv.shape
         kv = self._model.kv
         dtype = stored_dtype(chunk.scope.fingerprint.codec, kv.dtype)
-        expected = (len(self._model.layers), self._model.total_kv_heads, kv.head_dim, dtype)
+        expected = (len(self._model.layers), kv.num_kv_heads, kv.head_dim, dtype)
         return (layers, heads, head_dim, chunk.kv.dtype) == expected
 
     def _rematch(self, job: BlendJob, scope: ChunkScope, unreadable: set[str]) -> list[Segment]:
@@ -364,7 +367,9 @@ class WorkerHalf:
             None if scales is None else scales.cpu(),
         )  # fmt: skip
         written = self._store.put(chunk)
-        self._brought[chunk.key] = chunk.nbytes
-        if self._model.kernel_passes is not None:  # now, rather than when the first prompt waits for it
-            self._model.kernel_passes.stream.pinned.pin(chunk)
+        kept = self._store.memory.get(chunk.key) if isinstance(self._store, TieredStore) else None
+        if kept is not None:
+            self._brought[chunk.key] = kept.nbytes
+            if self._model.kernel_passes is not None:  # now, rather than when the first prompt waits for it
+                self._model.kernel_passes.stream.pinned.pin(kept)
         return written
