@@ -19,7 +19,7 @@ import torch
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import PolicyError
-from cacheblend_rag.layout import PromptLayout, upload
+from cacheblend_rag.layout import PromptLayout, in_order, upload
 from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
 from cacheblend_rag.policies import get_policy, is_built_in, top_positions
 
@@ -155,7 +155,7 @@ def blend_passes(
     selected = forward.now()
     # What stands before the first segment may have become exact while selecting.
     missed = layout.missed[layout.missed >= forward.exact_tokens]
-    logits = yield Recompute(torch.cat([chosen, upload(missed, chosen.device)]).sort().values)
+    logits = yield Recompute(in_order(chosen, missed))
     return BlendResult(logits, chosen, policy_name, started, selected, forward.now())
 
 
@@ -188,7 +188,7 @@ def _choose(forward: BlendForward, layout: PromptLayout, config: BlendConfig, bu
     name, chosen = yield from get_policy(config.policy).select(layout, budget, config, forward.num_layers)
     _check_choice(config.policy, chosen, layout, budget)
     if len(forced):
-        chosen = torch.cat([chosen, upload(forced, chosen.device)]).sort().values
+        chosen = in_order(chosen, forced)
     return name, chosen
 
 

@@ -102,7 +102,7 @@ class PromptLayout:
         return dataclasses.replace(
             self,
             matched=self.matched[~is_among[self.matched]],
-            missed=torch.cat([self.missed, positions]).sort().values,
+            missed=in_order(self.missed, positions),
         )
 
     def places_in_segments(self) -> torch.Tensor:
@@ -120,7 +120,16 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device, without waiting for the work that is under way there."""
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    pinned = torch.empty_like(tensor, pin_memory=True)
+    np.copyto(pinned.numpy(), tensor.numpy())  # torch would wake its threads for a long one
+    return pinned.to(device, non_blocking=True)
+
+
+def in_order(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two lists of positions (int64, where the first one is) as one, ascending."""
+    if first.device.type != "cpu":
+        return torch.cat([first, upload(second, first.device)]).sort().values
+    return torch.from_numpy(np.sort(np.concatenate([first.numpy(), second.numpy()])))  # without torch's threads
 
 
 def _common_length(prompt_ids: TokenIds, primer_ids: TokenIds) -> int:

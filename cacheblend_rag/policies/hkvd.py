@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cacheblend_rag.layout import upload
+from cacheblend_rag.layout import in_order, upload
 from cacheblend_rag.passes import Deviations, Pass, Selection
 from cacheblend_rag.policies.base import top_positions
 
@@ -57,7 +57,7 @@ def measure_deviations(
     What is missed before the last chunk runs along: the candidates are to see it as it is.
     """
     missed = layout.missed[layout.missed < layout.question_start]
-    rows = torch.cat([candidates, upload(missed, candidates.device)]).sort().values
-    among_rows = torch.searchsorted(rows, candidates)
+    rows = in_order(candidates, missed)
     deviations = yield Deviations(rows, layer, keys)
-    return deviations[upload(among_rows, deviations.device)]
+    rows, candidates = upload(rows, deviations.device), upload(candidates, deviations.device)
+    return deviations[torch.searchsorted(rows, candidates)]

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -346,7 +347,7 @@ def is_scattered(rows: torch.Tensor) -> bool:
 
 def _runs(rows: torch.Tensor) -> torch.Tensor:
     """Where runs of neighbouring rows begin: indices into rows (on the CPU, at least one)."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1])
+    return torch.from_numpy(np.concatenate([[0], np.flatnonzero(np.diff(rows.numpy()) != 1) + 1]))
 
 
 def slot_mapping(places: torch.Tensor, block_ids: torch.Tensor, block_size: int) -> torch.Tensor:
