@@ -179,11 +179,12 @@ def test_a_closed_engine_says_so(engine: ServerEngine) -> None:
 
 
 def test_event_loops_of_many_threads_share_an_engine_until_it_is_closed(engine: ServerEngine) -> None:
-    closing = threading.Event()
+    in_use, closing = threading.Barrier(7), threading.Event()
 
     async def use() -> bool:
         first = engine._async_client()
         assert engine._async_client() is first
+        in_use.wait(60)
         closing.wait()
         try:
             engine._async_client()
@@ -193,10 +194,8 @@ def test_event_loops_of_many_threads_share_an_engine_until_it_is_closed(engine: 
 
     with ThreadPoolExecutor(6) as pool:
         futures = [pool.submit(asyncio.run, use()) for _ in range(6)]
-        deadline = time.monotonic() + 20
-        while len(engine._async_clients) < 6:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        in_use.wait(60)
+        assert len(engine._async_clients) == 6
         engine.close()
         closing.set()
         assert all(future.result() for future in futures)
