@@ -36,6 +36,7 @@ import torch
 from answer_metrics import METRICS, answer_metrics
 from common import command, machine, rag_messages, system_prefix
 from quality_data import Question, read_corpus, read_questions
+from quality_offsets import add_offsets, find_offsets
 from quality_report import BASELINE, FULL_PREFILL, FULL_REUSE, Record, panels, read_records, report
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +50,8 @@ from cacheblend_rag.store import open_store
 
 STORE_BYTES = 16 << 30
 PRIMERS = ("system", "passage", "none")
+CALIBRATED = "calibrated"
+CALIBRATION_PROMPTS = 8
 OFF = {"mode": "off"}
 
 
@@ -58,7 +61,8 @@ class Mode:
 
     Attributes:
         mode: Its name.
-        primer: What chunks are prefilled behind: ``"system"``, ``"passage"`` or ``"none"``.
+        primer: What chunks are prefilled behind: ``"system"``, ``"passage"`` or ``"none"``; ``"calibrated"``: the
+            system prefix, and their KV is corrected (see ``quality_offsets.py``).
         policy: Empty where there is nothing to choose.
         budget: Share of the matched tokens that are recomputed.
     """
@@ -81,7 +85,7 @@ class NotBlendedError(Exception):
 
 def compared_modes(policies: list[str], budgets: list[float], primer: str) -> list[Mode]:
     """What full prefill is compared with: full reuse, the baseline, and each policy at each budget behind a primer."""
-    suffix = "" if primer == "system" else f", {primer} primer"
+    suffix = {"system": "", CALIBRATED: ", calibrated"}.get(primer, f", {primer} primer")
     modes = [
         Mode(FULL_REUSE, "system", "", 0.0),
         Mode(FULL_REUSE + suffix, primer, "", 0.0),
@@ -121,15 +125,22 @@ class Benchmark:
         modes: What full prefill is compared with.
         max_tokens: Most tokens of an answer.
         answers: Whether all modes answer by themselves.
+        offsets: What is added to the KV of the calibrated engine's chunks.
     """
 
     def __init__(
-        self, engines: dict[str, TransformersEngine], modes: list[Mode], max_tokens: int, answers: bool
+        self,
+        engines: dict[str, TransformersEngine],
+        modes: list[Mode],
+        max_tokens: int,
+        answers: bool,
+        offsets: torch.Tensor | None = None,
     ) -> None:
         self._engines = engines
         self._modes = modes
         self._max_tokens = max_tokens
         self._answers = answers
+        self._offsets = offsets
 
     def measure(self, question: Question) -> Record:
         """A question in every mode.
@@ -150,8 +161,10 @@ class Benchmark:
 
     @contextlib.contextmanager
     def _warm(self, passages: list[str]) -> Iterator[None]:
-        for engine in self._engines.values():
+        for primer, engine in self._engines.items():
             engine.warm(passages)
+            if primer == CALIBRATED and self._offsets is not None:
+                add_offsets(engine, passages, self._offsets)
         try:
             yield
         finally:
@@ -205,6 +218,7 @@ def load_engines(options: argparse.Namespace) -> dict[str, TransformersEngine]:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     texts = {"system": system_prefix(render_chat), "passage": None, "none": ""}
+    texts[CALIBRATED] = texts["system"]
     engines = {}
     for primer in dict.fromkeys(["system", options.primer]):
         store = open_store(None, memory_bytes=STORE_BYTES)
@@ -216,10 +230,20 @@ def load_engines(options: argparse.Namespace) -> dict[str, TransformersEngine]:
     return engines
 
 
+def calibrate(engine: TransformersEngine, path: Path) -> torch.Tensor:
+    """What is added to the KV of chunks, found on the first questions of a file that is not the measured one."""
+    questions = read_questions(path)[:CALIBRATION_PROMPTS]
+    prompts = [(engine.render_chat(rag_messages(one.passages, one.text)), one.passages) for one in questions]
+    return find_offsets(engine, prompts)
+
+
 def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
     """Measure; returns the run, alone in a list, and the questions' records."""
+    if options.calibrate_on:
+        options.primer = CALIBRATED
     modes = compared_modes(options.policies, options.budgets, options.primer)
     engines = load_engines(options)
+    offsets = calibrate(engines[CALIBRATED], options.calibrate_on) if options.calibrate_on else None
     engine = engines["system"]
     datasets = [read_questions(path) for path in options.data]
     datasets = datasets or [read_corpus(engine.count_tokens, tokens=options.corpus_tokens)]
@@ -228,7 +252,7 @@ def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
     settings |= {"model": Path(options.model).name, "dtype": engine.scope.fingerprint.dtype}
     header: Record = {"command": command(), "machine": machine(), "settings": settings}
     header["modes"] = [dataclasses.asdict(mode) for mode in [Mode(FULL_PREFILL, "", "", 1.0), *modes]]
-    benchmark = Benchmark(engines, modes, options.max_tokens, options.answers)
+    benchmark = Benchmark(engines, modes, options.max_tokens, options.answers, offsets)
     records = []
     with open(options.records or os.devnull, "w", encoding="utf-8") as file:
         print(json.dumps(header), file=file, flush=True)
@@ -298,6 +322,7 @@ def main() -> int:
     parser.add_argument("--policies", type=_policies, default=policy_names(), help="names with commas between them")
     parser.add_argument("--budgets", type=_budgets, default="0.05,0.10,0.15,0.25,0.50,1", help="likewise, in (0, 1]")
     parser.add_argument("--primer", choices=PRIMERS, default="system", help="what chunks are read behind")
+    parser.add_argument("--calibrate-on", type=Path, help="questions, not the measured ones: chunk KV is corrected")
     parser.add_argument("--answers", action="store_true", help="all modes answer by themselves")
     parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--corpus-tokens", type=int, default=2200, help="least tokens of passages, example corpus")
