@@ -3,6 +3,8 @@ I4 (shifting), I7 (determinism), on every architecture in float32 with poisoned 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -24,13 +26,13 @@ def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_i1_ratio_one_is_plain_prefill(case: Case, seed: int) -> None:
-    ids = case.ids(case.prompt(seed))
-    plain = case.plain_logits(ids)
-    assert max_difference(case.logits(ids, recompute_ratio=1.0), plain) < TOLERANCE
-    # The tolerance means something: reuse without recomputing is far outside of it.
-    assert max_difference(case.logits(ids, recompute_ratio=0.0), plain) > 100 * TOLERANCE
+def test_i1_ratio_one_is_plain_prefill(case: Case) -> None:
+    for seed in range(1 if case.real else 3):
+        ids = case.ids(case.prompt(seed))
+        plain = case.plain_logits(ids)
+        assert max_difference(case.logits(ids, recompute_ratio=1.0), plain) < TOLERANCE
+        # The tolerance means something: reuse without recomputing is far outside of it.
+        assert max_difference(case.logits(ids, recompute_ratio=0.0), plain) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("policy", policies.policy_names())
@@ -70,7 +72,7 @@ def test_i2_exact_kv_gives_exact_answers(case: Case, shift: int, monkeypatch: py
         library.match(np.asarray(ids, np.int32)),
         np.asarray(library.scope.primer_ids, np.int32),
     )
-    assert len(layout.segments) == 4
+    assert len(layout.segments) == case.passages
     assert any(segment.offset > 10 for segment in layout.segments)
     with torch.inference_mode():
         positions = torch.arange(len(ids))[None] + shift
@@ -88,11 +90,13 @@ def test_i2_exact_kv_gives_exact_answers(case: Case, shift: int, monkeypatch: py
     for seed in range(3):
         monkeypatch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
 
+    selections = list(itertools.product(policies.policy_names(), (0.0, 0.1, 0.5, 0.95)))
+    if case.real:
+        selections = [("hkvd", 0.1), ("query_aware", 0.1), ("random0", 0.5)] if shift == 97 else [("query_aware", 0.0)]
     plain = case.plain_logits(ids)
-    for policy in policies.policy_names():
-        for ratio in (0.0, 0.1, 0.5, 0.95):
-            logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
-            assert max_difference(logits, plain) < TOLERANCE, (policy, ratio)
+    for policy, ratio in selections:
+        logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
+        assert max_difference(logits, plain) < TOLERANCE, (policy, ratio)
 
 
 def test_i3_plain_after_blended_is_plain(case: Case) -> None:
@@ -137,7 +141,7 @@ def test_i4_shifted_keys_are_those_computed_there(case: Case, old: int, new: int
 
 @pytest.mark.parametrize("policy", policies.policy_names())
 def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case, policy: str) -> None:
-    prompts = [case.prompt(seed) for seed in range(3)]
+    prompts = [case.prompt(seed) for seed in range(2 if case.real else 3)]
     alone = [case.engine.generate(p, max_tokens=8, blend={"policy": policy}, logprobs=3) for p in prompts]
     again = [case.engine.generate(p, max_tokens=8, blend={"policy": policy}, logprobs=3) for p in prompts]
     batch = case.engine.generate(prompts, max_tokens=8, blend={"policy": policy}, logprobs=3)
@@ -145,18 +149,18 @@ def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case, policy: str) 
     assert [g.logprobs for g in alone] == [g.logprobs for g in again] == [g.logprobs for g in batch]
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.29, 0.5, 1.0])
 @pytest.mark.parametrize("policy", policies.policy_names())
-def test_every_token_is_counted_once(case: Case, policy: str, ratio: float) -> None:
-    generation = case.engine.generate(case.prompt(5), max_tokens=1, blend={"recompute_ratio": ratio, "policy": policy})
-    stats = generation.stats
-    matched = sum(segment.length for segment in generation.segments) - stats.prefix_tokens
-    assert stats.decision == "blend"
-    assert stats.segments == 4
-    assert stats.recomputed_tokens == int(round(ratio * matched, 6))
-    assert stats.reused_tokens == matched - stats.recomputed_tokens
-    assert (
-        stats.prefix_tokens + stats.reused_tokens + stats.recomputed_tokens + stats.missed_tokens == stats.prompt_tokens
-    )
-    parts = stats.match + stats.load + stats.select + stats.recompute + stats.first_token
-    assert 0.5 * stats.ttft < parts <= stats.ttft
+def test_every_token_is_counted_once(case: Case, policy: str) -> None:
+    prompt = case.prompt(5)
+    for ratio in (0.15, 1.0) if case.real else (0.0, 0.15, 0.29, 0.5, 1.0):
+        answer = case.engine.generate(prompt, max_tokens=1, blend={"recompute_ratio": ratio, "policy": policy})
+        stats = answer.stats
+        matched = sum(segment.length for segment in answer.segments) - stats.prefix_tokens
+        assert stats.decision == "blend"
+        assert stats.segments == case.passages
+        assert stats.recomputed_tokens == int(round(ratio * matched, 6))
+        assert stats.reused_tokens == matched - stats.recomputed_tokens
+        counted = stats.prefix_tokens + stats.reused_tokens + stats.recomputed_tokens + stats.missed_tokens
+        assert counted == stats.prompt_tokens
+        parts = stats.match + stats.load + stats.select + stats.recompute + stats.first_token
+        assert 0.5 * stats.ttft < parts <= stats.ttft
