@@ -32,14 +32,14 @@ def models(smollm2: str) -> Path:
 
 @pytest.fixture
 def few_documents(tmp_path: Path) -> Path:
-    """The examples with six documents, and the questions that they answer."""
+    """The examples with four documents, and the questions that they answer."""
     copy = tmp_path / "examples"
     (copy / "corpus" / "docs").mkdir(parents=True)
     for script in EXAMPLES.glob("*.py"):
         shutil.copy(script, copy)
     lines = (EXAMPLES / "corpus" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     single = [line for line in lines if json.loads(line)["kind"] == "single"]
-    documents = list(dict.fromkeys(json.loads(line)["documents"][0] for line in single))[:6]
+    documents = list(dict.fromkeys(json.loads(line)["documents"][0] for line in single))[:4]
     for document in documents:
         shutil.copy(EXAMPLES / "corpus" / document, copy / "corpus" / document)
     kept = [line for line in single if json.loads(line)["documents"][0] in documents]
@@ -49,12 +49,12 @@ def few_documents(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(1200)  # a CPU without wide vectors takes minutes
 def test_demo_twice(few_documents: Path, models: Path, tmp_path: Path) -> None:
-    options = ["--passages", "4", "--questions"]
-    first = run_demo(few_documents, models, tmp_path / "work", *options, "2")
-    for shown in ("of 6 documents indexed and warm", "full prefill", "blend", "chunks from:", "times sooner", "gold:"):
+    options = ["--passages", "3", "--questions", "1"]
+    first = run_demo(few_documents, models, tmp_path / "work", *options)
+    for shown in ("of 4 documents indexed and warm", "full prefill", "blend", "chunks from:", "times sooner", "gold:"):
         assert shown in first
     assert (tmp_path / "work" / "ttft.png").stat().st_size > 10_000
-    second = run_demo(few_documents, models, tmp_path / "work", *options, "1")
+    second = run_demo(few_documents, models, tmp_path / "work", *options)
     assert "warmed now: 0" in second
 
 
