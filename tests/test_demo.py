@@ -1,4 +1,4 @@
-"""The demo, as a user would run it, on the models that `make demo` fetches."""
+"""The demo, as a user would run it, on the models that `make demo` fetches, in float32."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ def run_demo(examples: Path, models: Path, work: Path, *options: str) -> str:
 
 
 @pytest.fixture
-def models(smollm2: str) -> Path:
-    models = Path(smollm2).parent
-    if not (models / "all-minilm-l6-v2").is_dir():
-        pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
-    return models
-
-
-@pytest.fixture
 def few_documents(tmp_path: Path) -> Path:
     """The examples with four documents, and the questions that they answer."""
     copy = tmp_path / "examples"
@@ -48,22 +40,22 @@ def few_documents(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(1200)  # a CPU without wide vectors takes minutes
-def test_demo_twice(few_documents: Path, models: Path, tmp_path: Path) -> None:
+def test_demo_twice(few_documents: Path, example_models: Path, tmp_path: Path) -> None:
     options = ["--passages", "3", "--questions", "1"]
-    first = run_demo(few_documents, models, tmp_path / "work", *options)
+    first = run_demo(few_documents, example_models, tmp_path / "work", *options)
     for shown in ("of 4 documents indexed and warm", "full prefill", "blend", "chunks from:", "times sooner", "gold:"):
         assert shown in first
     assert (tmp_path / "work" / "ttft.png").stat().st_size > 10_000
-    second = run_demo(few_documents, models, tmp_path / "work", *options)
+    second = run_demo(few_documents, example_models, tmp_path / "work", *options)
     assert "warmed now: 0" in second
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_demo_on_the_whole_corpus(models: Path, tmp_path: Path, engine: str) -> None:
+def test_demo_on_the_whole_corpus(example_models: Path, tmp_path: Path, engine: str) -> None:
     if engine == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
-    shown = run_demo(EXAMPLES, models, tmp_path / "work", "--engine", engine, "--questions", "1")
+    shown = run_demo(EXAMPLES, example_models, tmp_path / "work", "--engine", engine, "--questions", "1")
     for part in ("of 72 documents indexed and warm", "full prefill", "blend", "times sooner"):
         assert part in shown
