@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -64,6 +65,23 @@ def smollm2() -> str:
     if not directory:
         pytest.skip("CACHEBLEND_TEST_MODEL names no directory of SmolLM2-135M-Instruct: run `make test`")
     return directory
+
+
+@pytest.fixture(scope="session")
+def example_models(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of the examples as they fetch them, but for the dtype: many a CPU is slow at bfloat16."""
+    if not (Path(smollm2).parent / "all-minilm-l6-v2").is_dir():
+        pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
+    models = tmp_path_factory.mktemp("models")
+    (models / "all-minilm-l6-v2").symlink_to(Path(smollm2).resolve().parent / "all-minilm-l6-v2")
+    model = models / "smollm2-135m-instruct"
+    model.mkdir()
+    for file in Path(smollm2).resolve().iterdir():
+        (model / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    return models
 
 
 @pytest.fixture(scope="session")

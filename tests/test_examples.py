@@ -26,15 +26,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def models(smollm2: str) -> Path:
-    models = Path(smollm2).parent
-    if not (models / "all-minilm-l6-v2").is_dir():
-        pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
-    return models
-
-
-@pytest.fixture
-def run(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(example_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a script and returns its globals. In this process: most of the time goes into importing libraries."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -42,7 +34,7 @@ def run(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     torch.set_num_threads(1)
 
     def run(script: str, *arguments: str | Path) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--models", str(models)])
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--models", str(example_models)])
         return runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
     yield run
@@ -156,8 +148,9 @@ def test_little_changes_in_an_app(framework: str, removed: int, added: int) -> N
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_notebook(framework: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CACHEBLEND_TEST_EMBEDDINGS", str(models / "all-minilm-l6-v2"))
+def test_notebook(framework: str, example_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHEBLEND_TEST_MODEL", str(example_models / "smollm2-135m-instruct"))
+    monkeypatch.setenv("CACHEBLEND_TEST_EMBEDDINGS", str(example_models / "all-minilm-l6-v2"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(EXAMPLES / f"{framework}.ipynb", as_version=4)

@@ -57,11 +57,17 @@ class Case:
     engine: TransformersEngine
     reference: PreTrainedModel
     chunks: list[str]
+    real: bool = False  # weights; they take a hundred times as long, so that tests ask less of them
 
-    def prompt(self, seed: int, *, chunks: int = 4) -> str:
+    @property
+    def passages(self) -> int:
+        """How many are in a prompt."""
+        return 2 if self.real else 4
+
+    def prompt(self, seed: int) -> str:
         """Some of the chunks in random order, the second without its head, with something around each of them."""
         rng = np.random.default_rng(seed)
-        order = rng.permutation(len(self.chunks))[:chunks]
+        order = rng.permutation(len(self.chunks))[: self.passages]
         passages = [self.chunks[n][25 if i == 1 else 0 :] for i, n in enumerate(order)]
         parts = [f"Passage {i}: {text}\n\n" for i, text in enumerate(passages)]
         return (
@@ -105,7 +111,8 @@ def case(request: pytest.FixtureRequest, random_models: dict[str, str]) -> Itera
     directory = random_models.get(request.param) or request.getfixturevalue("smollm2")
     engine = open_engine(directory)
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
-    case = Case(engine, reference, [random_text(seed, 130 + 10 * seed) for seed in range(6)])
+    chunks = [random_text(seed, 130 + 10 * seed) for seed in range(6)]
+    case = Case(engine, reference, chunks, real=request.param == "smollm2")
     engine.warm(case.chunks)
     yield case
     engine.close()

@@ -31,7 +31,7 @@ PROMPT = "Read this.\n\n" + "\n\n".join(CHUNKS[n] for n in (2, 0, 3, 1)) + "\n\n
 POLICIES = ["hkvd", "query_aware"]
 
 
-@pytest.fixture(scope="module", params=["smollm2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama3-scaled", "qwen3"])
 def model(request: pytest.FixtureRequest, random_models: dict[str, str]) -> str:
     directory: str = random_models.get(request.param) or request.getfixturevalue("smollm2")
     return directory
@@ -89,9 +89,7 @@ def replace_by_another(path: Path, other: Path) -> None:
 FAULTS = [remove, truncate, empty, flip_bit, replace_by_another]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_chunk_is_a_miss(
+def assert_a_miss(
     engine: TransformersEngine,
     store_dir: Path,
     without: Callable[..., Generation],
@@ -99,6 +97,7 @@ def test_a_bad_chunk_is_a_miss(
     policy: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A chunk with this fault is as one that is not warm, and warming heals."""
     fault(chunk_file(engine, store_dir, 3), chunk_file(engine, store_dir, 0))
     with caplog.at_level(logging.WARNING, logger="cacheblend_rag"):
         broken = engine.generate(PROMPT, max_tokens=6, logprobs=4, blend={"policy": policy})
@@ -115,6 +114,26 @@ def test_a_bad_chunk_is_a_miss(
         engine.generate(PROMPT, max_tokens=6, logprobs=4, blend={"policy": policy}).logprobs
         == without((), policy=policy).logprobs
     )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_chunk_is_a_miss(
+    engine: TransformersEngine,
+    store_dir: Path,
+    without: Callable[..., Generation],
+    fault: Callable[[Path, Path], None],
+    policy: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert_a_miss(engine, store_dir, without, fault, policy, caplog)
+
+
+@pytest.mark.parametrize("model", ["smollm2"], indirect=True)
+def test_a_bad_chunk_of_real_weights_is_a_miss(
+    engine: TransformersEngine, store_dir: Path, without: Callable[..., Generation], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert_a_miss(engine, store_dir, without, flip_bit, "query_aware", caplog)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -3,11 +3,13 @@ I4 (shifting), I7 (determinism), on every architecture in float32 with poisoned 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from cacheblend_rag import Generation, policies
+from cacheblend_rag import policies
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout
@@ -24,18 +26,18 @@ def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_i1_ratio_one_is_plain_prefill(case: Case, seed: int) -> None:
-    ids = case.ids(case.prompt(seed))
-    plain = case.plain_logits(ids)
-    assert max_difference(case.logits(ids, recompute_ratio=1.0), plain) < TOLERANCE
-    # The tolerance means something: reuse without recomputing is far outside of it.
-    assert max_difference(case.logits(ids, recompute_ratio=0.0), plain) > 100 * TOLERANCE
+def test_i1_ratio_one_is_plain_prefill(case: Case) -> None:
+    for seed in range(1 if case.real else 3):
+        ids = case.ids(case.prompt(seed))
+        plain = case.plain_logits(ids)
+        assert max_difference(case.logits(ids, recompute_ratio=1.0), plain) < TOLERANCE
+        # The tolerance means something: reuse without recomputing is far outside of it.
+        assert max_difference(case.logits(ids, recompute_ratio=0.0), plain) > 100 * TOLERANCE
 
 
 def test_recomputing_more_comes_closer(case: Case) -> None:
     """Not an identity for each prompt, but on average it must hold or selection is broken."""
-    prompts = [case.ids(case.prompt(seed)) for seed in range(3)]
+    prompts = [case.ids(case.prompt(seed)) for seed in range(2 if case.real else 3)]
     plain = [case.plain_logits(ids).log_softmax(-1) for ids in prompts]
 
     def divergence(policy: str, ratio: float) -> float:
@@ -71,7 +73,7 @@ def test_i2_exact_kv_gives_exact_answers(case: Case, shift: int, monkeypatch: py
         library.match(np.asarray(ids, np.int32)),
         np.asarray(library.scope.primer_ids, np.int32),
     )
-    assert len(layout.segments) == 4
+    assert len(layout.segments) == case.passages
     assert any(segment.offset > 10 for segment in layout.segments)
     with torch.inference_mode():
         positions = torch.arange(len(ids))[None] + shift
@@ -89,11 +91,13 @@ def test_i2_exact_kv_gives_exact_answers(case: Case, shift: int, monkeypatch: py
     for seed in range(3):
         monkeypatch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
 
+    selections = list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+    if case.real:
+        selections = [("hkvd", 0.1), ("query_aware", 0.1), ("random0", 0.5)] if shift == 97 else [("query_aware", 0.0)]
     plain = case.plain_logits(ids)
-    for policy in (*case.policies, "random0", "random1", "random2"):
-        for ratio in (0.0, 0.1, 0.5, 0.95):
-            logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
-            assert max_difference(logits, plain) < TOLERANCE, (policy, ratio)
+    for policy, ratio in selections:
+        logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
+        assert max_difference(logits, plain) < TOLERANCE, (policy, ratio)
 
 
 def test_i3_plain_after_blended_is_plain(case: Case) -> None:
@@ -137,9 +141,9 @@ def test_i4_shifted_keys_are_those_computed_there(case: Case, old: int, new: int
 
 
 def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case) -> None:
-    prompts = [case.prompt(seed) for seed in range(3)]
+    prompts = [case.prompt(seed) for seed in range(2 if case.real else 3)]
     for policy in case.policies:
-        settings = {"max_tokens": 8, "blend": {"policy": policy}, "logprobs": 3}
+        settings = {"max_tokens": 4 if case.real else 8, "blend": {"policy": policy}, "logprobs": 3}
         alone = [case.engine.generate(p, **settings) for p in prompts]
         again = [case.engine.generate(p, **settings) for p in prompts]
         batch = case.engine.generate(prompts, **settings)
@@ -147,22 +151,17 @@ def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case) -> None:
         assert [g.logprobs for g in alone] == [g.logprobs for g in again] == [g.logprobs for g in batch], policy
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.29, 0.5, 1.0])
-def test_every_token_is_counted_once(case: Case, ratio: float) -> None:
-    for policy in case.policies:
+def test_every_token_is_counted_once(case: Case) -> None:
+    for policy, ratio in itertools.product(case.policies, (0.15, 1.0) if case.real else (0.0, 0.15, 0.29, 0.5, 1.0)):
         blend = {"recompute_ratio": ratio, "policy": policy, "forced_tokens": 3}
-        check_counts(case.engine.generate(case.prompt(5), max_tokens=1, blend=blend), ratio)
-
-
-def check_counts(generation: Generation, ratio: float) -> None:
-    stats = generation.stats
-    matched = sum(segment.length for segment in generation.segments) - stats.prefix_tokens
-    assert stats.decision == "blend"
-    assert stats.segments == 4
-    assert stats.recomputed_tokens == int(round(ratio * matched, 6))
-    assert stats.reused_tokens == matched - stats.recomputed_tokens
-    assert (
-        stats.prefix_tokens + stats.reused_tokens + stats.recomputed_tokens + stats.missed_tokens == stats.prompt_tokens
-    )
-    parts = stats.match + stats.load + stats.select + stats.recompute + stats.first_token
-    assert 0.5 * stats.ttft < parts <= stats.ttft
+        answer = case.engine.generate(case.prompt(5), max_tokens=1, blend=blend)
+        stats = answer.stats
+        matched = sum(segment.length for segment in answer.segments) - stats.prefix_tokens
+        assert stats.decision == "blend"
+        assert stats.segments == case.passages
+        assert stats.recomputed_tokens == int(round(ratio * matched, 6))
+        assert stats.reused_tokens == matched - stats.recomputed_tokens
+        counted = stats.prefix_tokens + stats.reused_tokens + stats.recomputed_tokens + stats.missed_tokens
+        assert counted == stats.prompt_tokens
+        parts = stats.match + stats.load + stats.select + stats.recompute + stats.first_token
+        assert 0.5 * stats.ttft < parts <= stats.ttft

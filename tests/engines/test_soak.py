@@ -20,9 +20,9 @@ def resident_bytes() -> int:
     raise AssertionError("no VmRSS")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("requests", [30, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
-def test_soak(make_model: Callable[..., str], store_dir: Path) -> None:
+def test_soak(make_model: Callable[..., str], store_dir: Path, requests: int) -> None:
     rng = np.random.default_rng(0)
     chunks = [random_text(seed, 300) for seed in range(40)]
     store = open_store(store_dir, max_bytes=6 << 20, memory_bytes=1 << 20)  # about half of the chunks
@@ -30,7 +30,7 @@ def test_soak(make_model: Callable[..., str], store_dir: Path) -> None:
         plain: dict[tuple[int, ...], list[int]] = {}
         decisions: set[str] = set()
         sizes: list[int] = []
-        for number in range(300):
+        for number in range(requests):
             order = tuple(int(n) for n in rng.permutation(len(chunks))[:5])
             if number % 3 == 0:
                 engine.warm([chunks[n] for n in order])
@@ -44,4 +44,4 @@ def test_soak(make_model: Callable[..., str], store_dir: Path) -> None:
             sizes.append(resident_bytes())
         assert decisions == {"blend", "prefill"} or decisions == {"blend"}
         assert sum(entry.nbytes for entry in store.entries()) <= 6 << 20
-        assert np.mean(sizes[-50:]) < np.mean(sizes[100:150]) + (20 << 20)
+        assert np.mean(sizes[-requests // 6 :]) < np.mean(sizes[requests // 3 : requests // 2]) + (20 << 20)

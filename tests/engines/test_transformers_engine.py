@@ -502,16 +502,18 @@ def test_an_evicted_memory_tier_costs_time_not_answers(smollm2: str) -> None:
         )
 
 
-def test_chunks_of_8_bits(smol: TransformersEngine, smollm2: str) -> None:
+def test_chunks_of_8_bits(random_models: dict[str, str]) -> None:
     """A quarter of the bytes of float32, other chunks than those of another codec, almost the same logits."""
+    model = random_models["qwen2"]
     texts = [random_text(seed, 300) for seed in range(60, 64)]
     prompt = "Read.\n" + "\n\n".join(reversed(texts)) + "\n\nQuestion: what comes next, and why?\nAnswer:"
-    smol.warm(texts)
-    with open_engine(smollm2, codec="fp8") as engine:
+    store = MemoryStore(1 << 30)
+    with open_engine(model, store=store) as raw, open_engine(model, store=store, codec="fp8") as engine:
+        raw.warm(texts)
         assert engine.is_warm(texts) == [False] * 4
         engine.warm(texts)
         sizes = []
-        for each in (engine, smol):
+        for each in (engine, raw):
             chunks = [each.library.read(key) for key in each.chunk_keys(texts)]
             sizes.append(sum(chunk.kv.nbytes for chunk in chunks if chunk is not None))
         assert 4 * sizes[0] == sizes[1] > 0
@@ -522,8 +524,8 @@ def test_chunks_of_8_bits(smol: TransformersEngine, smollm2: str) -> None:
             return engine._reader.read_prompt(ids, len(ids) + 1, config).logits.log_softmax(dim=-1)
 
         for ratio in (0.0, 0.15):
-            exact = distribution(smol, recompute_ratio=ratio)
+            exact = distribution(raw, recompute_ratio=ratio)
             close = distribution(engine, recompute_ratio=ratio)
-            assert 0 < float(torch.nn.functional.kl_div(close, exact, log_target=True, reduction="sum")) < 5e-3
-        plain = distribution(smol, mode="off")
+            assert 0 < float((exact.exp() * (exact - close)).sum()) < 0.05
+        plain = distribution(raw, mode="off")
         assert float((distribution(engine, recompute_ratio=1.0) - plain).abs().max()) < 1e-4

@@ -38,6 +38,7 @@ from ..conftest import policies_to_test
 
 BLEND = BlendConfig(mode="blend")
 PRIMER = "Some passages follow.\n\n"
+KV_TOKENS = 8192  # four times the longest prompt
 # Head size 32 and up is what vLLM's attention takes on CPU.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
 MOE: dict[str, Any] = {
@@ -56,6 +57,17 @@ class Running:
 
     engine: VllmEngine
     key: object
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _models_inspected_here() -> Iterator[None]:
+    """vLLM looks at each kind of model in a process of its own, which imports all of vLLM again. That is for CUDA."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect(), raising=False)
+        yield
 
 
 class Engines:
@@ -82,6 +94,8 @@ class Engines:
 def open_engine(model: str, store: Path | None = None, **changes: Any) -> VllmEngine:
     """An engine in float32; ``engine_args`` are added to eager mode and a short context."""
     engine_args = {"enforce_eager": True, "max_model_len": 2048, **changes.pop("engine_args", {})}
+    if not torch.cuda.is_available():  # a small KV cache: all of it is poisoned again and again
+        engine_args.setdefault("num_gpu_blocks_override", KV_TOKENS // engine_args.get("block_size", 128))
     settings: dict[str, Any] = {
         "blend": BLEND,
         "dtype": "float32",
@@ -151,11 +165,12 @@ class Case:
 
     engine: VllmEngine
     chunks: list[str]
+    passages: int = 4  # in a prompt
 
-    def prompt(self, seed: int, *, chunks: int = 4) -> str:
+    def prompt(self, seed: int, *, chunks: int | None = None) -> str:
         """Some of the chunks in random order, the second without its head, with something around each of them."""
         rng = np.random.default_rng(seed)
-        order = rng.permutation(len(self.chunks))[:chunks]
+        order = rng.permutation(len(self.chunks))[: chunks or self.passages]
         passages = [self.chunks[n][25 if i == 1 else 0 :] for i, n in enumerate(order)]
         parts = [f"Passage {i}: {text}\n\n" for i, text in enumerate(passages)]
         return (

@@ -34,7 +34,7 @@ def transfer_config(**extra: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], log: Path, seconds: float = 150) -> Iterator[str]:
+def serving(command: Sequence[str], log: Path, seconds: float = 280) -> Iterator[str]:
     """A server until the end of the block; gives its base URL."""
     port = free_port()
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}

@@ -3,6 +3,7 @@ on real vLLM: SmolLM2 and small random models of every kind, in float32, with po
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -46,27 +47,33 @@ def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def directory(request: pytest.FixtureRequest, make_model: Callable[..., str]) -> str:
-    if request.param == "smollm2":
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def directory(name: str, request: pytest.FixtureRequest, make_model: Callable[..., str]) -> str:
+    if name == "smollm2":
         path: str = request.getfixturevalue("smollm2")
         return path
-    return make_model(request.param, **WIDE, **(MOE if request.param == "moe" else {}))
+    return make_model(name, **WIDE, **(MOE if name == "moe" else {}))
 
 
 @pytest.fixture
-def case(engines: Engines, directory: str) -> Case:
+def case(engines: Engines, directory: str, name: str) -> Case:
     engine = engines.get(directory)
     engine.warm(CHUNKS)
-    return Case(engine, CHUNKS)
+    return Case(engine, CHUNKS, passages=2 if name == "smollm2" else 4)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_i1_ratio_one_is_plain_prefill(case: Case, seed: int) -> None:
-    prompt = case.prompt(seed)
-    plain = case.logits(prompt, mode="off")
-    assert max_difference(case.logits(prompt, recompute_ratio=1.0), plain) < TOLERANCE
-    # The tolerance means something: reuse without recomputing is far outside of it.
-    assert max_difference(case.logits(prompt, recompute_ratio=0.0), plain) > 100 * TOLERANCE
+def test_i1_ratio_one_is_plain_prefill(case: Case, name: str) -> None:
+    for seed in range(1 if name == "smollm2" else 3):
+        prompt = case.prompt(seed)
+        plain = case.logits(prompt, mode="off")
+        assert max_difference(case.logits(prompt, recompute_ratio=1.0), plain) < TOLERANCE
+        # The tolerance means something: reuse without recomputing is far outside of it.
+        assert max_difference(case.logits(prompt, recompute_ratio=0.0), plain) > 100 * TOLERANCE
 
 
 def test_plain_prefill_is_that_of_transformers(case: Case, directory: str) -> None:
@@ -80,22 +87,28 @@ def test_plain_prefill_is_that_of_transformers(case: Case, directory: str) -> No
 
 @pytest.mark.parametrize("shift", [0, 97])
 def test_i2_exact_kv_gives_exact_answers(
-    case: Case, shift: int, monkeypatch: pytest.MonkeyPatch, random_policies: None
+    case: Case, name: str, shift: int, monkeypatch: pytest.MonkeyPatch, random_policies: None
 ) -> None:
     """Chunk KV captured from the very prompt, there or at shifted positions: whatever is recomputed, it is exact."""
     ids = case.ids(case.prompt(7))
     segments = inject_exact_kv(case.engine, ids, shift, monkeypatch)
-    assert len(segments) == 4
+    assert len(segments) == case.passages
     assert any(segment.offset > 10 for segment in segments)
 
     plain = case.logits(ids, mode="off")
     # Captured at other positions, KV has the rounding of other angles: no better than the model's own logits there.
     tolerance = max(TOLERANCE, max_difference(moved_logits(case.engine, ids, shift), plain))
     assert tolerance < 5 * TOLERANCE
-    for policy in (*case.policies, "random0", "random1", "random2"):
-        for ratio in (0.0, 0.1, 0.5, 0.95):
-            logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
-            assert max_difference(logits, plain) < tolerance, (policy, ratio)
+    for policy, ratio in selections(case, name, shift):
+        logits = case.logits(ids, recompute_ratio=ratio, policy=policy)
+        assert max_difference(logits, plain) < tolerance, (policy, ratio)
+
+
+def selections(case: Case, name: str, shift: int) -> list[tuple[str, float]]:
+    """Policies and ratios: all of them on random models, a few on real weights, which take a hundred times as long."""
+    if name != "smollm2":
+        return list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+    return [("hkvd", 0.1), ("query_aware", 0.1), ("random0", 0.5)] if shift else [("query_aware", 0.0)]
 
 
 def test_i3_plain_after_blended_is_plain(case: Case) -> None:
@@ -208,7 +221,7 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("directory", ["smollm2"], indirect=True)
+@pytest.mark.parametrize("name", ["smollm2"], indirect=True)
 def test_constrained_answers_are_those_of_the_embedded_engine(case: Case, directory: str) -> None:
     blended, free = case.prompt(0), {"max_tokens": 4, "blend": {"mode": "off"}}
     plain = case.engine.generate(blended, **free)
@@ -224,7 +237,7 @@ def test_constrained_answers_are_those_of_the_embedded_engine(case: Case, direct
     ]
     answers = together(case.engine, asked)
     with load_engine(directory, dtype="float32", primer=PRIMER, namespace="test", blend=BLEND) as embedded:
-        embedded.warm(CHUNKS)
+        embedded.warm([text for text in CHUNKS if text[30:60] in blended])
         expected = [embedded.generate(text, **settings) for text, settings in asked]
     assert_alike(answers, expected, 2e-3)
     assert [answer.text for answer in answers] == [answer.text for answer in expected]
@@ -242,7 +255,7 @@ def test_constrained_answers_are_those_of_the_embedded_engine(case: Case, direct
     assert case.engine.generate(blended, **free).token_ids == plain.token_ids  # nothing is left of it
 
 
-@pytest.mark.parametrize("directory", ["smollm2"], indirect=True)
+@pytest.mark.parametrize("name", ["smollm2"], indirect=True)
 def test_bad_constraints_are_one_clear_line_and_the_engine_goes_on(case: Case) -> None:
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(200):

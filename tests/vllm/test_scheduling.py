@@ -194,7 +194,7 @@ def test_a_step_blends_no_more_than_it_may(engines: Engines, model: str, step_ro
 def test_preempted_requests_answer_as_they_do_alone(case: Case, preemptions: list[str]) -> None:
     """More answers than the KV cache holds: some requests lose their blocks and are read again."""
     prompts = [case.prompt(seed, chunks=1) for seed in range(8)]
-    settings = {"max_tokens": 150, "logprobs": 2}
+    settings = {"max_tokens": 60, "logprobs": 2}
     expected = alone(case, prompts, **settings)
     assert not preemptions
     answers = case.engine.generate(prompts, **settings)
@@ -205,7 +205,7 @@ def test_preempted_requests_answer_as_they_do_alone(case: Case, preemptions: lis
 def test_preempted_plain_requests_among_blended_ones(case: Case, preemptions: list[str]) -> None:
     prompts = [case.prompt(seed, chunks=1) for seed in range(8)]
     modes = [{"mode": mode} for mode in ("blend", "off") * 4]
-    settings = {"max_tokens": 150, "logprobs": 2}
+    settings = {"max_tokens": 60, "logprobs": 2}
     expected = [alone(case, [p], blend=m, **settings)[0] for p, m in zip(prompts, modes, strict=True)]
     with ThreadPoolExecutor(8) as pool:
         futures = [

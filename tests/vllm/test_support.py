@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from cacheblend_rag import BlendConfig, CacheBlendError, ConfigError, UnsupportedModelError, load_engine
+from cacheblend_rag import (
+    BlendConfig,
+    CacheBlendError,
+    ConfigError,
+    Generation,
+    UnsupportedModelError,
+    load_engine,
+)
 from cacheblend_rag.vllm import compat, support
 from cacheblend_rag.vllm.settings import ConnectorSettings, RequestParams
 
@@ -153,24 +160,26 @@ def test_prompts_of_embeddings_are_served_plainly(
         assert "not made of token ids" in answer["error"]
 
 
+@pytest.fixture(scope="module")
+def plain_answer(model: str, engines: Engines) -> Generation:
+    return engines.get(model).generate("Read. " + CHUNKS[0] + " What?", max_tokens=6, blend={"mode": "off"})
+
+
 @pytest.mark.parametrize("found_by", ["config", "probe"])
 def test_served_plainly_where_asked(
-    make_model: Callable[..., str], engines: Engines, found_by: str, monkeypatch: pytest.MonkeyPatch
+    model: str, plain_answer: Generation, engines: Engines, found_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines.close()
-    model = make_model("llama3-scaled", **WIDE)
 
     def refuse(*args: Any) -> None:
         raise UnsupportedModelError("it has a strange attention")
 
     target = "cacheblend_rag.vllm.connector." + ("check_supported" if found_by == "config" else "probe")
-    with open_engine(model) as engine:
-        expected = engine.generate("Read. " + CHUNKS[0] + " What?", max_tokens=6, blend={"mode": "off"})
     monkeypatch.setattr(target, refuse)
     with open_engine(model, engine_args={"on_unsupported": "prefill"}) as engine:
         assert engine.warm(CHUNKS).stored == 0
         answer = engine.generate("Read. " + CHUNKS[0] + " What?", max_tokens=6)
-        assert answer.token_ids == expected.token_ids
+        assert answer.token_ids == plain_answer.token_ids
         assert answer.stats.decision == "prefill"
         assert "strange attention" in answer.stats.reason
 
