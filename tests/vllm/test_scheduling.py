@@ -104,9 +104,9 @@ def test_a_prompt_longer_than_a_step(case: Case) -> None:
     longest = []
     run = PagedForward._run
 
-    def watched(self: PagedForward, rows: torch.Tensor) -> torch.Tensor:
+    def watched(self: PagedForward, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         longest.append(len(rows))
-        return run(self, rows)
+        return run(self, rows, where)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PagedForward, "_run", watched)
