@@ -9,7 +9,7 @@ PACKAGES := -e integrations/langchain-cacheblend -e integrations/llama-index-llm
 ENGINE := transformers
 export CACHEBLEND_TEST_MODEL ?= $(CURDIR)/$(MODELS)/smollm2-135m-instruct
 
-.PHONY: demo vllm test test-vllm test-others test-integrations test-slow test-gpu lint clean
+.PHONY: demo vllm test test-vllm test-others test-langchain test-llama-index test-slow test-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Warm the example corpus, ask it questions, compare with full prefill.
@@ -18,10 +18,10 @@ demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Wa
 vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no GPU.
 
 test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
-	$(MAKE) -j2 --output-sync=target test-vllm test-others test-integrations
+	$(MAKE) -j2 --output-sync=target test-vllm test-others test-langchain test-llama-index
 
 # Two side by side: each keeps little more than one core busy. More threads of torch would only get in each other's way.
-test-vllm test-others test-integrations: export OMP_NUM_THREADS = 1
+test-vllm test-others test-langchain test-llama-index: export OMP_NUM_THREADS = 1
 test-vllm:
 	$(BIN)/python -m pytest -q tests/vllm
 
@@ -29,8 +29,8 @@ test-others: export TRITON_INTERPRET = 1
 test-others:
 	$(BIN)/python -m pytest -q tests --ignore=tests/vllm
 
-test-integrations:
-	$(BIN)/python -m pytest -q integrations
+test-langchain test-llama-index: test-%:
+	$(BIN)/python -m pytest -q integrations/$*-*
 
 test-slow: export CACHEBLEND_TEST_TOOL_MODEL ?= $(CURDIR)/$(MODELS)/qwen2.5-coder-0.5b-instruct
 test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/qwen2.5-coder-0.5b-instruct ## Tests that take minutes.
