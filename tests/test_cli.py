@@ -412,7 +412,7 @@ class TestQuery:
         self, options: list[str], models: list[str], store: Path, tmp_path: Path
     ) -> None:
         ask = ["query", "salt", *options]
-        assert "recompute_ratio must be a number in [0, 1], not 1.5" in refused(*ask, "--ratio", 1.5)
+        assert 'recompute_ratio must be a number in [0, 1] or "auto", not 1.5' in refused(*ask, "--ratio", 1.5)
         assert "recompute_ratio" in refused(*ask, "--ratio", "nan")
         assert "unknown policy 'best': known are" in refused(*ask, "--policy", "best")
         assert "mode must be one of" in refused(*ask, "--mode", "fast")

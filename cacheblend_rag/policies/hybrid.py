@@ -21,6 +21,7 @@ from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
 from cacheblend_rag.policies.query_aware import find_question, watched_layers
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -29,8 +30,9 @@ class Hybrid:
     """Highest product of attention and deviation first; ``hkvd`` where no question follows the passages."""
 
     reads_question = True
+    adapts = True
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
@@ -39,4 +41,5 @@ class Hybrid:
         deviations = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
         attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
         matched = upload(layout.matched, attention.device)
-        return "hybrid", top_positions(matched, attention[matched] * deviations.sqrt(), budget)
+        scores = attention[matched] * deviations.sqrt()
+        return "hybrid", top_positions(matched, scores, budget.spend(scores))

@@ -82,7 +82,11 @@ class ConnectorSettings:
 
     def to_extra_config(self) -> dict[str, Any]:
         """As plain values, for JSON; the inverse of :meth:`parse`."""
-        blend = {**dataclasses.asdict(self.blend), "check_layers": list(self.blend.check_layers)}
+        blend = {
+            **dataclasses.asdict(self.blend),
+            "check_layers": list(self.blend.check_layers),
+            "ratio_range": list(self.blend.ratio_range),
+        }
         return {**dataclasses.asdict(self), "blend": blend}
 
 

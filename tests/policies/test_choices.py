@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig, PolicyError, policies
-from cacheblend_rag.blending import blend, recompute_budget
+from cacheblend_rag.blending import blend
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
 
@@ -44,7 +45,7 @@ def test_any_choice_is_one_that_may_be_made(
     config = BlendConfig(recompute_ratio=ratio, policy=policy, forced_tokens=forced, check_layers=check_layers)
     forward = FakeForward(layout, unit=unit)
     result = blend(forward, layout, config)
-    chosen, budget = result.recomputed, recompute_budget(layout, ratio)
+    chosen, budget = result.recomputed, Budget.of(len(layout.matched), config).ceiling
     assert chosen.dtype == torch.int64
     assert bool((chosen[1:] > chosen[:-1]).all())
     assert bool(torch.isin(chosen, layout.matched).all())
@@ -194,13 +195,14 @@ class _Gives:
     """A policy that returns what it was told to."""
 
     reads_question = False
+    adapts = False
 
     def __init__(self, choice: Callable[[PromptLayout, int], object]) -> None:
         self._choice = choice
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
-        return "something else", self._choice(layout, budget)  # type: ignore[return-value]
+        return "something else", self._choice(layout, budget.ceiling)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_blends_do_not_read_what_the_step_blends(case: Case, stand_in: StandIn, 
 def test_one_that_fails_fails_alone(case: Case, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         reads_question = False
+        adapts = False
 
         def select(self, *args: Any) -> Selection:
             yield from ()
