@@ -70,6 +70,12 @@ class BlendConfig:
 
         get_policy(self.policy)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; ``BlendConfig(**values)`` is the inverse."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
     def with_overrides(self, overrides: Mapping[str, Any] | None) -> BlendConfig:
         """This config with some fields replaced.
 

@@ -348,6 +348,9 @@ class TestQuery:
         none, some = document(*ask, "--ratio", 0), document(*ask, "--ratio", 0.5, "--policy", "hkvd")
         assert none["stats"]["recomputed_tokens"] == 0 < some["stats"]["recomputed_tokens"]
         assert some["stats"]["policy"] == "hkvd"
+        adapted = document(*ask, "--ratio", "auto")["stats"]
+        share = adapted["recomputed_tokens"] / (adapted["recomputed_tokens"] + adapted["reused_tokens"])
+        assert 0.04 < share <= 0.5
         forced = document(*ask, "--policy", "none", "--forced-tokens", 2)["stats"]
         assert 0 < forced["recomputed_tokens"] <= 2 * forced["segments"]
         assert document(*ask[:-1], "off")["stats"]["decision"] == "prefill"

@@ -104,10 +104,11 @@ def test_i2_exact_kv_gives_exact_answers(
         assert max_difference(logits, plain) < tolerance, (policy, ratio)
 
 
-def selections(case: Case, name: str, shift: int) -> list[tuple[str, float]]:
+def selections(case: Case, name: str, shift: int) -> list[tuple[str, Any]]:
     """Policies and ratios: all of them on random models, a few on real weights, which take a hundred times as long."""
     if name != "smollm2":
-        return list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+        several = list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+        return [*several, *((policy, "auto") for policy in case.policies)]
     return [("hkvd", 0.1), ("query_aware", 0.1), ("random0", 0.5)] if shift else [("query_aware", 0.0)]
 
 
