@@ -60,14 +60,15 @@ class Budget:
             return Budget(ceiling, ceiling)
         return Budget(floor, max(floor, ceiling), affordable)
 
-    def spend(self, scores: torch.Tensor, most_left: float | None = None) -> int:
+    def spend(self, scores: torch.Tensor, most_left: float | torch.Tensor | None = None) -> int:
         """How many of the highest scores to take.
 
         Where floor and ceiling are one, scores are not looked at. Otherwise, on a GPU, the host waits for them here.
 
         Args:
             scores: ``[n]``, none negative: of all tokens that may be chosen.
-            most_left: What the scores that are not taken may sum to; None: :data:`SHARE_LEFT` of the sum of all.
+            most_left: What the scores that are not taken may sum to (a tensor of no dimensions, or a number); None:
+                :data:`SHARE_LEFT` of the sum of all.
         """
         if self.floor == self.ceiling:
             return self.ceiling

@@ -151,8 +151,9 @@ def test_i4_shifted_keys_are_those_computed_there(case: Case, old: int, new: int
 
 def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case) -> None:
     prompts = [case.prompt(seed) for seed in range(2)]
-    for policy in case.policies:
-        settings = {"max_tokens": 5, "blend": {"policy": policy, "forced_tokens": 2}, "logprobs": 3}
+    for policy, ratio in [*((policy, 0.15) for policy in case.policies), ("query_aware", "auto")]:
+        blend = {"policy": policy, "recompute_ratio": ratio, "forced_tokens": 2}
+        settings = {"max_tokens": 5, "blend": blend, "logprobs": 3}
         forget_prefixes(case.engine)
         alone = [case.engine.generate(p, **settings) for p in prompts]
         repeated = [case.engine.generate(p, **settings) for p in prompts]  # over their own blocks in the prefix cache
