@@ -26,12 +26,6 @@ def test_a_fixed_ratio_is_the_floor_of_its_share(matched: int, percent: int) -> 
     assert budget.floor == budget.ceiling == percent * matched // 100
 
 
-@given(scores, limits)
-def test_a_fixed_ratio_looks_at_no_score(scores: torch.Tensor, limit: float) -> None:
-    nan = torch.full_like(scores, torch.nan)
-    assert Budget(7, 7).spend(nan, limit) == Budget(7, 7).spend(nan) == 7
-
-
 def test_the_range_gives_floor_and_ceiling() -> None:
     assert ratios(auto()) == (0.05, 0.5)
     assert Budget.of(199, auto()) == Budget(9, 99)

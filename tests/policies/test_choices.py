@@ -143,6 +143,18 @@ def test_hybrid_takes_what_is_both_looked_at_and_wrong() -> None:
     assert choose(forward, layout, policy="hybrid", recompute_ratio=0.05) == [30, 31]
 
 
+@pytest.mark.parametrize("policy", ["hkvd", "hkvd_kv", "hybrid", "query_aware"])
+def test_only_auto_reads_back_what_was_measured(policy: str) -> None:
+    """Tensors of the device "meta" have no values: whoever wants one, for which a GPU would stall, gets an exception."""
+    layout = make_layout([(3, 40), (0, 40)])
+    deviations, attention = torch.ones(2, layout.length, device="meta")
+    forward = FakeForward(layout, deviations=deviations, attention=attention, unit=16)
+    settings = {"policy": policy, "forced_tokens": 2, "check_layers": (0, 2)}
+    assert blend(forward, layout, BlendConfig(**settings, recompute_ratio=0.2)).recomputed.is_meta
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        blend(forward, layout, BlendConfig(**settings, recompute_ratio="auto"))
+
+
 @pytest.mark.parametrize("policy", ["query_aware", "hybrid"])
 def test_without_a_question_values_decide(policy: str) -> None:
     layout = make_layout([(3, 40)], question=7)
