@@ -145,7 +145,7 @@ def test_hybrid_takes_what_is_both_looked_at_and_wrong() -> None:
 
 @pytest.mark.parametrize("policy", ["hkvd", "hkvd_kv", "hybrid", "query_aware"])
 def test_only_auto_reads_back_what_was_measured(policy: str) -> None:
-    """Tensors of the device "meta" have no values: whoever wants one, for which a GPU would stall, gets an exception."""
+    """Tensors of the device "meta" have no values: who wants one, for which a GPU would stall, gets an exception."""
     layout = make_layout([(3, 40), (0, 40)])
     deviations, attention = torch.ones(2, layout.length, device="meta")
     forward = FakeForward(layout, deviations=deviations, attention=attention, unit=16)
