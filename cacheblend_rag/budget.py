@@ -22,7 +22,7 @@ from cacheblend_rag.policies import get_policy
 if TYPE_CHECKING:
     from cacheblend_rag.config import BlendConfig
 
-SHARE_LEFT = 0.5
+SHARE_LEFT = 0.65
 """Most of the sum of all scores that the tokens may have that are not taken, where a policy names no other limit."""
 
 _STEPS = 2**40  # of the highest score: a million such scores still add up in 64 bits

@@ -8,12 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig
-from cacheblend_rag.budget import SHARE_LEFT, Budget, ratios
+from cacheblend_rag import budget as rule
+from cacheblend_rag.budget import Budget, ratios
 
 from .policies.conftest import FakeForward, make_layout
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=80).map(torch.tensor)
 limits = st.floats(0, 100)
+
+
+@pytest.fixture(autouse=True)
+def _share_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is tuned to."""
+    monkeypatch.setattr(rule, "SHARE_LEFT", 0.5)
 
 
 def auto(**settings: object) -> BlendConfig:
@@ -78,17 +85,17 @@ def test_the_order_of_the_tokens_does_not_count(scores: torch.Tensor, limit: flo
 
 
 def test_scores_of_zero_take_the_floor() -> None:
-    for most_left in (0.0, 0.06, None):
+    for most_left in (0.0, 0.1, None):
         assert Budget(3, 9).spend(torch.zeros(12), most_left) == 3
 
 
 def test_equal_scores_share_alike() -> None:
     assert Budget(0, 100).spend(torch.full((100,), 1 / 128), 0.25) == 68
-    assert Budget(0, 100).spend(torch.full((100,), 7.0)) == 100 - 100 * SHARE_LEFT
+    assert Budget(0, 100).spend(torch.full((100,), 7.0)) == 50
 
 
 def test_many_long_scores_do_not_overflow() -> None:
-    assert Budget(0, 1 << 20).spend(torch.full((1 << 20,), 3e38)) == (1 << 20) * (1 - SHARE_LEFT)
+    assert Budget(0, 1 << 20).spend(torch.full((1 << 20,), 3e38)) == 1 << 19
 
 
 @pytest.mark.parametrize("unit", [1, 16, 20, 64])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
-ATTENTION_LEFT = 0.06
+ATTENTION_LEFT = 0.08
 """With ``recompute_ratio="auto"``, the share of the question's attention that tokens may get that are not recomputed.
 
 It bounds what their stale KV can change: an attention's output is a mean of values, weighted by it.

@@ -15,7 +15,6 @@ from cacheblend_rag.blending import blend
 from cacheblend_rag.budget import Budget
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
-from cacheblend_rag.policies.query_aware import ATTENTION_LEFT
 
 from .conftest import FakeForward, Shape, make_layout, shapes
 
@@ -88,13 +87,14 @@ def test_several_check_layers_leave_fewer_and_fewer(policy: str) -> None:
         assert set(fewer.rows.tolist()) < set(rows.rows.tolist())
 
 
-def test_query_aware_takes_what_is_looked_at_and_no_more() -> None:
+def test_query_aware_takes_what_is_looked_at_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.policies.query_aware.ATTENTION_LEFT", 0.06)
     layout = make_layout([(3, 50), (2, 50)])
     attention = torch.full((layout.length,), 1e-5)
     attention[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.3])
     auto = {"recompute_ratio": "auto", "ratio_range": (0.01, 0.5)}
     assert choose(FakeForward(layout, attention=attention), layout, **auto) == [4, 22, 40]
-    attention[22] = ATTENTION_LEFT / 2
+    attention[22] = 0.03
     assert choose(FakeForward(layout, attention=attention), layout, **auto) == [4, 40]
     assert choose(FakeForward(layout, attention=attention / 1000), layout, **auto) == [40]  # the floor
     forward = FakeForward(layout, attention=attention)
@@ -103,7 +103,8 @@ def test_query_aware_takes_what_is_looked_at_and_no_more() -> None:
     assert len(choose(FakeForward(layout, attention=attention), layout, **auto)) == 50  # the ceiling
 
 
-def test_hkvd_takes_what_holds_most_of_the_deviation() -> None:
+def test_hkvd_takes_what_holds_most_of_the_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.budget.SHARE_LEFT", 0.5)
     layout = make_layout([(3, 50), (2, 50)])
     deviations = torch.full((layout.length,), 1e-6)
     deviations[[5, 30, 60]] = torch.tensor([400.0, 100.0, 25.0])
@@ -114,6 +115,21 @@ def test_hkvd_takes_what_holds_most_of_the_deviation() -> None:
         deviations[60] = 225
         assert choose(FakeForward(layout, deviations=deviations), layout, **auto) == [5, 60]
         deviations[60] = 25
+
+
+def test_hybrid_weighs_the_attention_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.policies.hybrid.ATTENTION_LEFT", 0.06)
+    layout = make_layout([(3, 50), (2, 50)])
+    attention, deviations = torch.full((layout.length,), 1e-5), torch.ones(layout.length)
+    attention[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.05])
+    auto = {"policy": "hybrid", "recompute_ratio": "auto", "ratio_range": (0.01, 0.5)}
+    for unit in (1.0, 100.0):  # distances have no scale
+        forward = FakeForward(layout, attention=attention, deviations=deviations * unit)
+        assert choose(forward, layout, **auto) == [4, 22]
+    deviations[40] = 4.0  # twice as wrong as others
+    assert choose(FakeForward(layout, attention=attention, deviations=deviations), layout, **auto) == [4, 22, 40]
+    deviations[:] = 0.0
+    assert len(choose(FakeForward(layout, attention=attention, deviations=deviations), layout, **auto)) == 1
 
 
 def test_query_aware_takes_what_the_question_looks_at() -> None:
