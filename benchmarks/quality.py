@@ -38,6 +38,9 @@ import torch
 from answer_metrics import METRICS, answer_metrics
 from common import command, machine, rag_messages, system_prefix
 from quality_data import Question, read_corpus, read_questions
+from quality_ideas import POLICIES as IDEAS
+from quality_ideas import SENSITIVITY
+from quality_neighbours import best_last, sensitivity, warm_behind_neighbours
 from quality_offsets import add_offsets, find_offsets
 from quality_report import AUTO, BASELINE, FULL_PREFILL, FULL_REUSE, Record, panels, read_records, report
 from rich.console import Console
@@ -51,7 +54,8 @@ from cacheblend_rag.policies import get_policy, policy_names
 from cacheblend_rag.store import open_store
 
 STORE_BYTES = 16 << 30
-PRIMERS = ("system", "passage", "none")
+NEIGHBOUR = "neighbour"
+PRIMERS = ("system", "passage", "none", NEIGHBOUR)
 CALIBRATED = "calibrated"
 CALIBRATION_PROMPTS = 8
 OFF = {"mode": "off"}
@@ -63,8 +67,9 @@ class Mode:
 
     Attributes:
         mode: Its name.
-        primer: What chunks are prefilled behind: ``"system"``, ``"passage"`` or ``"none"``; ``"calibrated"``: the
-            system prefix, and their KV is corrected (see ``quality_offsets.py``).
+        primer: What chunks are prefilled behind: ``"system"``, ``"passage"`` or ``"none"``; ``"neighbour"``: the
+            system prefix and another passage (see ``quality_neighbours.py``); ``"calibrated"``: the system prefix, and
+            their KV is corrected (see ``quality_offsets.py``).
         policy: Empty where there is nothing to choose.
         budget: Share of the matched tokens that are recomputed, or ``"auto"``.
     """
@@ -143,6 +148,7 @@ class Benchmark:
         self._max_tokens = max_tokens
         self._answers = answers
         self._offsets = offsets
+        self._sensitivity = any(mode.policy.startswith("sensitive") for mode in modes)
 
     def measure(self, question: Question) -> Record:
         """A question in every mode.
@@ -164,12 +170,18 @@ class Benchmark:
     @contextlib.contextmanager
     def _warm(self, passages: list[str]) -> Iterator[None]:
         for primer, engine in self._engines.items():
+            if primer == NEIGHBOUR:
+                warm_behind_neighbours(engine, passages, system_prefix(engine.render_chat))
+                continue
             engine.warm(passages)
+            if primer == "system" and self._sensitivity:
+                SENSITIVITY.update(sensitivity(engine, passages))
             if primer == CALIBRATED and self._offsets is not None:
                 add_offsets(engine, passages, self._offsets)
         try:
             yield
         finally:
+            SENSITIVITY.clear()
             for engine in self._engines.values():
                 engine.evict(passages)
 
@@ -223,7 +235,7 @@ def load_engines(options: argparse.Namespace) -> dict[str, TransformersEngine]:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     texts = {"system": system_prefix(render_chat), "passage": None, "none": ""}
-    texts[CALIBRATED] = texts["system"]
+    texts |= {CALIBRATED: texts["system"], NEIGHBOUR: ""}
     engines = {}
     for primer in dict.fromkeys(["system", options.primer]):
         store = open_store(None, memory_bytes=STORE_BYTES)
@@ -252,8 +264,10 @@ def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
     engine = engines["system"]
     datasets = [read_questions(path) for path in options.data]
     datasets = datasets or [read_corpus(engine.count_tokens, tokens=options.corpus_tokens)]
-    asked = [one for dataset in datasets for one in dataset[options.offset :][: options.questions]]
-    settings = {name: getattr(options, name) for name in ("primer", "max_tokens", "corpus_tokens")}
+    asked = [one for dataset in datasets for one in dataset[options.offset :: options.step][: options.questions]]
+    if options.best_last:
+        asked = [dataclasses.replace(one, passages=best_last(one.passages, one.text)) for one in asked]
+    settings = {name: getattr(options, name) for name in ("primer", "best_last", "max_tokens", "corpus_tokens")}
     settings |= {"model": Path(options.model).name, "dtype": engine.scope.fingerprint.dtype}
     header: Record = {"command": command(), "machine": machine(), "settings": settings}
     header["modes"] = [dataclasses.asdict(mode) for mode in [Mode(FULL_PREFILL, "", "", 1.0), *modes]]
@@ -336,12 +350,19 @@ def main() -> int:
     parser.add_argument("--data", type=Path, action="append", default=[], help="questions; none: the example corpus")
     parser.add_argument("--questions", type=int, help="most of each data set")
     parser.add_argument("--offset", type=int, default=0, help="leave out so many first ones")
-    parser.add_argument("--policies", type=_policies, default=policy_names(), help="names with commas between them")
+    parser.add_argument("--step", type=int, default=1, help="of the rest, take every so-many-th")
+    parser.add_argument(
+        "--policies",
+        type=_policies,
+        default=[name for name in policy_names() if name not in IDEAS],
+        help=f"names with commas between them, of ideas too: {', '.join(IDEAS)}",
+    )
     parser.add_argument(
         "--budgets", type=_budgets, default="0.05,0.10,0.15,0.25,0.50,1", help="likewise, in (0, 1], or auto"
     )
     parser.add_argument("--primer", choices=PRIMERS, default="system", help="what chunks are read behind")
     parser.add_argument("--calibrate-on", type=Path, help="questions, not the measured ones: chunk KV is corrected")
+    parser.add_argument("--best-last", action="store_true", help="the passages most like the question come last")
     parser.add_argument("--answers", action="store_true", help="all modes answer by themselves")
     parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--corpus-tokens", type=int, default=2200, help="least tokens of passages, example corpus")

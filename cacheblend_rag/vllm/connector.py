@@ -162,7 +162,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
             model = PagedModel(find_model(), self._vllm_config, self._kv_cache_config)
             probe(model)
             if model.kv.device.type == "cuda":
-                model.kernel_passes = probed_kernel_passes(model, self._settings.gpu_bytes)
+                model.kernel_passes = probed_kernel_passes(model, self._settings.gpu_bytes, self._settings.codec)
         except UnsupportedModelError as error:
             self._give_up(error)
             return

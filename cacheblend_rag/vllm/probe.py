@@ -16,6 +16,7 @@ import torch
 from cacheblend_rag.chunks import ChunkKV, ChunkScope, ModelFingerprint
 from cacheblend_rag.errors import UnsupportedModelError
 from cacheblend_rag.matching import Segment
+from cacheblend_rag.store.codecs import encode
 from cacheblend_rag.vllm.forward import PagedForward, PromptRows, run_rows, slot_mapping
 from cacheblend_rag.vllm.model import PagedModel
 
@@ -56,10 +57,15 @@ def probe(model: PagedModel) -> None:
 
 
 @torch.inference_mode()
-def probed_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None:
+def probed_kernel_passes(model: PagedModel, gpu_bytes: int, codec: str) -> KernelPasses | None:
     """The fast way to run scattered rows, if every rank can have it and it gives what the simple way gives.
 
     Ranks would not choose the same tokens if some had it and some not: their number is rounded to what a graph holds.
+
+    Args:
+        model: On a GPU.
+        gpu_bytes: Most bytes of chunks that are kept in the GPU's memory.
+        codec: How chunk KV is kept.
     """
     try:
         from cacheblend_rag.vllm.kernel_passes import make_kernel_passes  # needs Triton
@@ -69,35 +75,37 @@ def probed_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | No
     passes = make_kernel_passes(model, gpu_bytes)
     if any(model.agree([passes is None])) or passes is None:
         return None
-    fault = _kernel_fault(model, passes)
+    fault = _kernel_fault(model, passes, codec)
     if fault:
         logger.warning("blending runs without its own GPU kernels: %s", fault)
     return None if any(model.agree([bool(fault)])) else passes
 
 
-def _kernel_fault(model: PagedModel, passes: KernelPasses) -> str:
+def _kernel_fault(model: PagedModel, passes: KernelPasses, codec: str) -> str:
     """What is wrong with the kernels; empty if nothing is."""
     model.kernel_passes = passes
     try:
-        errors = _errors(model) | _kernel_errors(model, passes)
+        errors = _errors(model) | _kernel_errors(model, passes, codec)
     except Exception as error:  # the engine starts without them then
         logger.debug("trying the kernels failed", exc_info=True)
         return f"trying them failed ({(str(error) or repr(error)).splitlines()[0]})"
     finally:
         model.kernel_passes = None
     for what, (miss, share) in errors.items():
-        if not miss < share * _tolerance(model):
+        if not miss < share * (_tolerance(model) if codec == "raw" else max(_tolerance(model), _FLOAT8_TOLERANCE)):
             return f"with them, {what} (error {miss:.1%})"
     return ""
 
 
-def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[float, int]]:
+def _kernel_errors(model: PagedModel, passes: KernelPasses, codec: str) -> dict[str, tuple[float, int]]:
     """As :func:`_errors`: every third row of a text, in all layers, by each of the kernels.
 
     The other rows are on their way to the cache when the pass begins, and what is there until they come is wrong; so is
     what comes for the rows of the pass. A pass that did not wait for each layer, or for which one came too late, shows.
     """
     device, kv = model.kv.device, model.kv
+    if not passes.stream.takes_float8:  # such chunks are placed without the kernels
+        codec = "raw"
     errors = {}
     for rows in (_TOKENS // 3, 2 * passes.most_watched):
         tokens = min(3 * rows, (kv.num_blocks - 1) * kv.block_size, model.max_rows)
@@ -113,7 +121,8 @@ def _kernel_errors(model: PagedModel, passes: KernelPasses) -> dict[str, tuple[f
         coming = whole.clone()
         coming[:, :, some] = _WRONG
         scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
-        chunk = ChunkKV(f"probe-{tokens}", scope, np.zeros(tokens, np.int32), 0, coming.cpu())
+        encoded, scales = encode(coming.cpu(), codec)
+        chunk = ChunkKV(f"probe-{tokens}", scope, np.zeros(tokens, np.int32), 0, encoded, scales)
         wrong = torch.full((tokens, kv.num_kv_heads, kv.head_dim), _WRONG, dtype=kv.dtype, device=device)
         for layer in range(len(model.layers)):
             kv.write(layer, wrong, wrong, slot_mapping(places, block_ids, kv.block_size))

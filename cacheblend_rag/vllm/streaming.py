@@ -64,6 +64,7 @@ class LayerStream:
 
     Attributes:
         pinned: Which chunks are pinned.
+        takes_float8: Whether the GPU can place chunks of 8-bit floats.
 
     Raises:
         torch.OutOfMemoryError: no room for the staging buffer.
@@ -83,7 +84,7 @@ class LayerStream:
         self._token_stride = model.kv.num_kv_heads * model.kv.head_dim
         self._caches = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in views], device=model.kv.device)
         self._cache_scales = torch.tensor(model.kv.scales, device=model.kv.device)
-        self._takes_float8 = torch.cuda.get_device_capability(model.kv.device) >= (8, 9)
+        self.takes_float8 = torch.cuda.get_device_capability(model.kv.device) >= (8, 9)
         self._staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=model.kv.device)
         self._in_use: list[tuple[Any, object]] = []  # memory that the stream still reads
         self._passes_done = _event()  # of the prompt that was placed last
@@ -108,7 +109,7 @@ class LayerStream:
         """
         pieces = [(chunk, segment, block_ids) for of_prompt, block_ids in prompts for chunk, segment in of_prompt]
         dtype = pieces[0][0].kv.dtype  # chunks of one model and codec are alike
-        if dtype == torch.float8_e4m3fn and not self._takes_float8:
+        if dtype == torch.float8_e4m3fn and not self.takes_float8:
             return False
         buffer = self._staging.view(dtype)
         resident = [self._resident.get(chunk.key) for chunk, _, _ in pieces]

@@ -50,7 +50,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
 )
 def test_what_the_kernels_can_not_do(changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert probe.probed_kernel_passes(make_model(**changes), 0) is None
+    assert probe.probed_kernel_passes(make_model(**changes), 0, "raw") is None
     assert [reason in message for message in warnings_of(caplog)] == [True]
 
 
@@ -66,7 +66,7 @@ def test_a_gpu_that_is_too_old(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert probe.probed_kernel_passes(make_model(is_float8=is_float8), 0) is None
+    assert probe.probed_kernel_passes(make_model(is_float8=is_float8), 0, "raw") is None
     assert [reason in message for message in warnings_of(caplog)] == [True]
 
 
@@ -75,7 +75,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512 MiB.\nAnd more lines")
 
     monkeypatch.setattr(kernel_passes, "KernelPasses", full)
-    assert probe.probed_kernel_passes(make_model(), 0) is None
+    assert probe.probed_kernel_passes(make_model(), 0, "raw") is None
     (message,) = warnings_of(caplog)
     assert message.endswith("CUDA out of memory. Tried to allocate 512 MiB.")
 
@@ -93,7 +93,7 @@ def test_kernels_that_give_something_else(
     monkeypatch.setattr(probe, "_errors", lambda model: {"fine": (0.0, 1)})
     monkeypatch.setattr(probe, "_kernel_errors", try_them)
     model = make_model()
-    assert probe.probed_kernel_passes(model, 0) is None
+    assert probe.probed_kernel_passes(model, 0, "raw") is None
     assert model.kernel_passes is None
     assert len(warnings_of(caplog)) == 1
 
@@ -102,9 +102,9 @@ def test_all_ranks_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = object()
     monkeypatch.setattr(kernel_passes, "KernelPasses", lambda *args, **options: passes)
     monkeypatch.setattr(probe, "_errors", lambda model: {})
-    monkeypatch.setattr(probe, "_kernel_errors", lambda model, passes: {})
+    monkeypatch.setattr(probe, "_kernel_errors", lambda model, passes, codec: {})
     model = make_model()
-    assert probe.probed_kernel_passes(model, 0) is passes
+    assert probe.probed_kernel_passes(model, 0, "raw") is passes
     asked: list[list[bool]] = []
 
     def another_rank_fails(failed: list[bool]) -> list[bool]:
@@ -112,5 +112,5 @@ def test_all_ranks_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
         return [len(asked) == 2]  # it could make them, but they give something else there
 
     model.agree = another_rank_fails
-    assert probe.probed_kernel_passes(model, 0) is None
+    assert probe.probed_kernel_passes(model, 0, "raw") is None
     assert asked == [[False], [False]]

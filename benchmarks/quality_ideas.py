@@ -1,0 +1,173 @@
+"""Ideas for choosing tokens that are measured, not in the product: ``quality.py --policies two_looks,...``.
+
+Each is a policy like the product's own, and may use any of its passes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cacheblend_rag.budget import Budget
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.layout import PromptLayout, in_order
+from cacheblend_rag.passes import QuestionAttention, Selection
+from cacheblend_rag.policies import SelectionPolicy, register_policy, top_positions
+from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
+from cacheblend_rag.policies.query_aware import find_question, watched_layers
+
+_TAIL = 8
+
+
+class Layers:
+    """``query_aware`` with other layers than the last half.
+
+    Args:
+        first: Where they begin, as a share of all.
+        last: Where they end.
+    """
+
+    reads_question = True
+    adapts = False
+
+    def __init__(self, first: float, last: float) -> None:
+        self._first, self._last = first, last
+
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        layers = range(round(self._first * num_layers), round(self._last * num_layers))
+        attention = yield QuestionAttention(layout.missed, question, layers)
+        return "layers", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
+
+
+class TwoLooks:
+    """The question looks, half of the budget is recomputed, and it looks again for the other half.
+
+    Args:
+        deviations: Multiply by the square root of the deviations, as ``hybrid`` does.
+        follow: At the second look, where the recomputed tokens look counts as much as where the question does: what
+            they are recomputed from should be right, too.
+    """
+
+    reads_question = True
+    adapts = False
+
+    def __init__(self, *, deviations: bool = False, follow: bool = False) -> None:
+        self._deviations = deviations
+        self._follow = follow
+
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        weights = torch.ones(layout.length)
+        if self._deviations:
+            found = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
+            weights[layout.matched] = found.cpu().sqrt()
+        layers = watched_layers(num_layers)
+        attention = yield QuestionAttention(layout.missed, question, layers)
+        scores = (attention.cpu() * weights)[layout.matched]
+        first = top_positions(layout.matched, scores, budget.ceiling // 2)
+        rows = in_order(first, layout.missed)
+        attention = (yield QuestionAttention(rows, question, layers)).cpu()
+        if self._follow:
+            attention = attention + (yield QuestionAttention(rows, rows, layers)).cpu()
+        scores = attention * weights
+        scores[first] = float("inf")
+        return "two_looks", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
+
+
+class Tail:
+    """What the last tokens of the prompt look at: those from which the answer starts."""
+
+    reads_question = True
+    adapts = False
+
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        attention = yield QuestionAttention(layout.missed, question[-_TAIL:], watched_layers(num_layers))
+        return "tail", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
+
+
+class LateDeviations:
+    """``hybrid`` with deviations from further up, where they tell more and cost more.
+
+    Args:
+        share: How far up, as a share of the layers.
+    """
+
+    reads_question = True
+    adapts = False
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        # The question first: deviations leave fresh KV behind.
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+        found = yield from measure_deviations(layout, layout.matched, int(self._share * num_layers))
+        scores = attention.cpu()[layout.matched] * found.cpu().sqrt()
+        return "late_deviations", top_positions(layout.matched, scores, budget.ceiling)
+
+
+class Sensitive:
+    """Tokens whose KV was seen at ingestion to depend on what stands before the chunk.
+
+    Args:
+        attended: Multiply by the question's attention.
+
+    Attributes:
+        known: By key of a chunk, float32 ``[tokens]``: how far the values of each moved when another passage stood
+            before the chunk.
+    """
+
+    adapts = False
+    known: dict[str, torch.Tensor]
+
+    def __init__(self, *, attended: bool, known: dict[str, torch.Tensor]) -> None:
+        self.reads_question = attended
+        self.known = known
+
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        scores = torch.zeros(layout.length)
+        for segment in layout.segments:
+            moved = self.known[segment.key][segment.offset : segment.offset + segment.length]
+            scores[segment.start : segment.end] = moved
+        question = find_question(layout)
+        if self.reads_question and question is not None:
+            attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+            scores[: len(attention)] *= attention.cpu()
+        return "sensitive", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
+
+
+SENSITIVITY: dict[str, torch.Tensor] = {}
+"""What the two ``sensitive`` policies know."""
+
+POLICIES: dict[str, SelectionPolicy] = {
+    "all_layers": Layers(0, 1),
+    "middle_half": Layers(1 / 4, 3 / 4),
+    "third_quarter": Layers(1 / 2, 3 / 4),
+    "last_quarter": Layers(3 / 4, 1),
+    "two_looks": TwoLooks(),
+    "two_looks_hybrid": TwoLooks(deviations=True),
+    "follow": TwoLooks(follow=True),
+    "tail": Tail(),
+    "hybrid_late": LateDeviations(0.25),
+    "sensitive": Sensitive(attended=False, known=SENSITIVITY),
+    "sensitive_attended": Sensitive(attended=True, known=SENSITIVITY),
+}
+"""By name."""
+
+for _name, _policy in POLICIES.items():
+    register_policy(_name, _policy)
