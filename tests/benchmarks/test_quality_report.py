@@ -16,7 +16,14 @@ MODES = [
     {"mode": "full reuse", "primer": "system", "policy": "", "budget": 0.0},
     {"mode": "hkvd 15%", "primer": "system", "policy": "hkvd", "budget": 0.15},
 ]
-SETTINGS = {"model": "m", "dtype": "float32", "max_tokens": 8, "corpus_tokens": 10, "primer": "system"}
+SETTINGS = {
+    "model": "m",
+    "dtype": "float32",
+    "best_last": False,
+    "max_tokens": 8,
+    "corpus_tokens": 10,
+    "primer": "system",
+}
 
 
 def mode_record(own: float, gold: float, top1: tuple[int, int] = (2, 3), computed: int = 10) -> dict[str, Any]:
