@@ -13,7 +13,9 @@ so that 0 is full reuse and 1 is full prefill. Full reuse here always is that of
 prefix, whatever ``--primer`` says: closures with different primers compare.
 
 Intervals are 90 %, by bootstrap over questions. The sign test compares a mode's KL with that of hkvd at 15 %, question
-by question. With ``--answers`` every mode also answers by itself, which gives exact match, F1 and ROUGE-L.
+by question. The budget ``auto`` is also compared with a fixed ratio of the same policy, of what ``auto`` recomputed on
+average, by interpolation between the fixed budgets measured. With ``--answers`` every mode also answers by itself,
+which gives exact match, F1 and ROUGE-L.
 
 Records are written question by question: a run that is stopped leaves what it has, and ``--merge`` puts together the
 questions and modes of several runs. The chunks of one question at a time are warm.
@@ -40,7 +42,7 @@ from quality_ideas import POLICIES as IDEAS
 from quality_ideas import SENSITIVITY
 from quality_neighbours import best_last, sensitivity, warm_behind_neighbours
 from quality_offsets import add_offsets, find_offsets
-from quality_report import BASELINE, FULL_PREFILL, FULL_REUSE, Record, panels, read_records, report
+from quality_report import AUTO, BASELINE, FULL_PREFILL, FULL_REUSE, Record, panels, read_records, report
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -69,13 +71,13 @@ class Mode:
             system prefix and another passage (see ``quality_neighbours.py``); ``"calibrated"``: the system prefix, and
             their KV is corrected (see ``quality_offsets.py``).
         policy: Empty where there is nothing to choose.
-        budget: Share of the matched tokens that are recomputed.
+        budget: Share of the matched tokens that are recomputed, or ``"auto"``.
     """
 
     mode: str
     primer: str
     policy: str
-    budget: float
+    budget: float | str
 
     @property
     def blend(self) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class NotBlendedError(Exception):
     """A prompt was read otherwise than its mode says."""
 
 
-def compared_modes(policies: list[str], budgets: list[float], primer: str) -> list[Mode]:
+def compared_modes(policies: list[str], budgets: list[float | str], primer: str) -> list[Mode]:
     """What full prefill is compared with: full reuse, the baseline, and each policy at each budget behind a primer."""
     suffix = {"system": "", CALIBRATED: ", calibrated"}.get(primer, f", {primer} primer")
     modes = [
@@ -96,10 +98,10 @@ def compared_modes(policies: list[str], budgets: list[float], primer: str) -> li
         Mode(FULL_REUSE + suffix, primer, "", 0.0),
     ]
     modes += [
-        Mode(f"{policy} {100 * budget:g}%{suffix}", primer, policy, budget)
+        Mode(f"{policy} {AUTO if budget == AUTO else f'{100 * float(budget):g}%'}{suffix}", primer, policy, budget)
         for policy in policies
         for budget in budgets
-        if budget < 1
+        if budget != 1 and (budget != AUTO or get_policy(policy).adapts)
     ]
     if 1.0 in budgets:  # there is nothing to choose: the same for every policy
         modes.append(Mode(f"recompute 100%{suffix}", primer, "", 1.0))
@@ -154,9 +156,9 @@ class Benchmark:
         Returns:
             ``dataset``, ``number``, ``prompt_tokens``; ``answer_tokens`` of full prefill's own answer and of the gold
             one; and by mode ``kl`` and ``top1`` (of either answer, summed over its tokens), ``computed_tokens`` of the
-            prompt (choosing them costs more), ``chosen_by`` (a policy may leave it to another), and where it answered
-            by itself ``answer`` and its metrics. A question that can't be measured has no modes, and ``left_out`` says
-            why.
+            prompt (choosing them costs more), ``recomputed_share`` (of the matched tokens), ``chosen_by`` (a policy may
+            leave it to another), and where it answered by itself ``answer`` and its metrics. A question that can't be
+            measured has no modes, and ``left_out`` says why.
         """
         place: Record = {"dataset": question.dataset, "number": question.number}
         try:
@@ -209,11 +211,14 @@ class Benchmark:
 def compare(expected: list[torch.Tensor], scores: Scores) -> Record:
     """What is recorded of a mode, given full prefill's log-probabilities."""
     pairs = list(zip(expected, scores.logits, strict=True))
+    stats = scores.stats
+    matched = stats.recomputed_tokens + stats.reused_tokens
     return {
         "kl": [divergence(*pair) for pair in pairs],
         "top1": [agreement(*pair) for pair in pairs],
-        "computed_tokens": scores.stats.recomputed_tokens + scores.stats.missed_tokens,
-        "chosen_by": scores.stats.policy,
+        "computed_tokens": stats.recomputed_tokens + stats.missed_tokens,
+        "recomputed_share": stats.recomputed_tokens / matched if matched else 1.0,
+        "chosen_by": stats.policy,
     }
 
 
@@ -290,13 +295,14 @@ def print_tables(results: Record) -> None:
         table = Table(
             title=f"{dataset['dataset']}: {dataset['questions']} questions, {dataset['prompt_tokens']:.0f} tokens"
         )
-        columns = ("mode", "computed", "closure", "median", "worst 10 %", "KL/token", "worst 10 %", "top-1")
+        columns = ("mode", "budget", "computed", "closure", "median", "worst 10 %", "KL/token", "worst 10 %", "top-1")
         for column in (*columns, *METRICS, f"against {BASELINE}"):
             table.add_column(column, justify="left" if column == "mode" else "right")
         for row in dataset["rows"]:
             closure, kl, signs = row["closure"], row["kl_per_token"], row["against_baseline"]
             table.add_row(
                 row["mode"],
+                f"{row['mean_budget']:.3f}" if "mean_budget" in row else "",
                 f"{row['computed_share']:.2f}",
                 f"{closure['value']:.2f} [{closure['low']:.2f}, {closure['high']:.2f}]",
                 f"{closure['median']:.2f}",
@@ -308,6 +314,17 @@ def print_tables(results: Record) -> None:
                 f"{signs['wins']}:{signs['losses']}, p {signs['p']:.2g}",
             )
         console.print(table)
+        for row in dataset["rows"]:
+            if "against_fixed" in row:
+                fixed = row["against_fixed"]
+                difference, signs = fixed["kl_difference"], fixed["signs"]
+                console.print(
+                    f"{row['mode']} against a fixed ratio of {row['mean_budget']:.3f}, whose closure would be"
+                    f" {fixed['closure']:.2f}: KL a question {difference['value']:+.3g}"
+                    f" [{difference['low']:+.3g}, {difference['high']:+.3g}],"
+                    f" {signs['wins']}:{signs['losses']}, p {signs['p']:.2g}",
+                    highlight=False,
+                )
 
 
 def _policies(text: str) -> list[str]:
@@ -317,10 +334,10 @@ def _policies(text: str) -> list[str]:
     return names
 
 
-def _budgets(text: str) -> list[float]:
-    budgets = [float(word) for word in text.split(",")]
-    if not all(0 < budget <= 1 for budget in budgets):
-        raise argparse.ArgumentTypeError("budgets must be in (0, 1]: full reuse is always measured")
+def _budgets(text: str) -> list[float | str]:
+    budgets = [word if word == AUTO else float(word) for word in text.split(",")]
+    if not all(budget == AUTO or 0 < float(budget) <= 1 for budget in budgets):
+        raise argparse.ArgumentTypeError("budgets must be in (0, 1], or auto: full reuse is always measured")
     return budgets
 
 
@@ -340,7 +357,9 @@ def main() -> int:
         default=[name for name in policy_names() if name not in IDEAS],
         help=f"names with commas between them, of ideas too: {', '.join(IDEAS)}",
     )
-    parser.add_argument("--budgets", type=_budgets, default="0.05,0.10,0.15,0.25,0.50,1", help="likewise, in (0, 1]")
+    parser.add_argument(
+        "--budgets", type=_budgets, default="0.05,0.10,0.15,0.25,0.50,1", help="likewise, in (0, 1], or auto"
+    )
     parser.add_argument("--primer", choices=PRIMERS, default="system", help="what chunks are read behind")
     parser.add_argument("--calibrate-on", type=Path, help="questions, not the measured ones: chunk KV is corrected")
     parser.add_argument("--best-last", action="store_true", help="the passages most like the question come last")

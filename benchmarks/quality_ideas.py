@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout, in_order
 from cacheblend_rag.passes import QuestionAttention, Selection
@@ -26,18 +27,19 @@ class Layers:
     """
 
     reads_question = True
+    adapts = False
 
     def __init__(self, first: float, last: float) -> None:
         self._first, self._last = first, last
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         layers = range(round(self._first * num_layers), round(self._last * num_layers))
         attention = yield QuestionAttention(layout.missed, question, layers)
-        return "layers", top_positions(layout.matched, attention.cpu()[layout.matched], budget)
+        return "layers", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
 
 
 class TwoLooks:
@@ -50,12 +52,13 @@ class TwoLooks:
     """
 
     reads_question = True
+    adapts = False
 
     def __init__(self, *, deviations: bool = False, follow: bool = False) -> None:
         self._deviations = deviations
         self._follow = follow
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
@@ -67,28 +70,29 @@ class TwoLooks:
         layers = watched_layers(num_layers)
         attention = yield QuestionAttention(layout.missed, question, layers)
         scores = (attention.cpu() * weights)[layout.matched]
-        first = top_positions(layout.matched, scores, budget // 2)
+        first = top_positions(layout.matched, scores, budget.ceiling // 2)
         rows = in_order(first, layout.missed)
         attention = (yield QuestionAttention(rows, question, layers)).cpu()
         if self._follow:
             attention = attention + (yield QuestionAttention(rows, rows, layers)).cpu()
         scores = attention * weights
         scores[first] = float("inf")
-        return "two_looks", top_positions(layout.matched, scores[layout.matched], budget)
+        return "two_looks", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
 
 
 class Tail:
     """What the last tokens of the prompt look at: those from which the answer starts."""
 
     reads_question = True
+    adapts = False
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         attention = yield QuestionAttention(layout.missed, question[-_TAIL:], watched_layers(num_layers))
-        return "tail", top_positions(layout.matched, attention.cpu()[layout.matched], budget)
+        return "tail", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
 
 
 class LateDeviations:
@@ -99,11 +103,12 @@ class LateDeviations:
     """
 
     reads_question = True
+    adapts = False
 
     def __init__(self, share: float) -> None:
         self._share = share
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
@@ -112,7 +117,7 @@ class LateDeviations:
         attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
         found = yield from measure_deviations(layout, layout.matched, int(self._share * num_layers))
         scores = attention.cpu()[layout.matched] * found.cpu().sqrt()
-        return "late_deviations", top_positions(layout.matched, scores, budget)
+        return "late_deviations", top_positions(layout.matched, scores, budget.ceiling)
 
 
 class Sensitive:
@@ -126,13 +131,14 @@ class Sensitive:
             before the chunk.
     """
 
+    adapts = False
     known: dict[str, torch.Tensor]
 
     def __init__(self, *, attended: bool, known: dict[str, torch.Tensor]) -> None:
         self.reads_question = attended
         self.known = known
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         scores = torch.zeros(layout.length)
         for segment in layout.segments:
@@ -142,7 +148,7 @@ class Sensitive:
         if self.reads_question and question is not None:
             attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
             scores[: len(attention)] *= attention.cpu()
-        return "sensitive", top_positions(layout.matched, scores[layout.matched], budget)
+        return "sensitive", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
 
 
 SENSITIVITY: dict[str, torch.Tensor] = {}

@@ -19,6 +19,7 @@ from answer_metrics import METRICS
 from cacheblend_rag.diagnostics.quality_plot import QualityPanel, QualityPoint
 
 FULL_PREFILL, FULL_REUSE, BASELINE = "full prefill", "full reuse", "hkvd 15%"
+AUTO = "auto"  # a budget
 
 Record = dict[str, Any]
 
@@ -95,7 +96,10 @@ def report(runs: list[Record], questions: list[Record]) -> Record:
 
 
 def panels(results: Record) -> list[QualityPanel]:
-    """Closure against budget for the picture of a report: from full reuse over the budgets of a policy to all."""
+    """Closure against budget for the picture of a report: from full reuse over the budgets of a policy to all.
+
+    What a policy does with the budget ``auto`` is a point by itself, at what was recomputed on average.
+    """
     made = []
     for dataset in results["datasets"]:
         lines: dict[str, list[QualityPoint]] = {}
@@ -103,6 +107,9 @@ def panels(results: Record) -> list[QualityPanel]:
             if not row["policy"]:
                 continue
             label = row["policy"] if row["primer"] == "system" else f"{row['policy']}, {row['primer']} primer"
+            if row["budget"] == AUTO:
+                lines[f"{label} auto"] = [_point({**row, "budget": row["mean_budget"]})]
+                continue
             if label not in lines:
                 ends = [one for one in dataset["rows"] if one["primer"] == row["primer"] and not one["policy"]]
                 lines[label] = [_point(one) for one in ends]
@@ -124,6 +131,8 @@ def _of_dataset(dataset: str, modes: dict[str, Record], records: list[Record]) -
         having = [record for record in measured if name in record["modes"]]
         if having:
             rows.append({**mode, **_of_mode(name, having)})
+            if mode["budget"] == AUTO:
+                rows[-1] |= {"against_fixed": _against_fixed(mode, list(modes.values()), having)}
     return {
         "dataset": dataset,
         "questions": len(measured),
@@ -166,6 +175,40 @@ def _of_mode(name: str, records: list[Record]) -> Record:
         ),
         "against_baseline": sign_test(of_questions[0].tolist(), baseline_kl.sum(axis=1).tolist()),
     }
+    if all("recomputed_share" in record["modes"][name] for record in records):  # older records lack it
+        row["mean_budget"] = float(column(name, "recomputed_share").mean())
     if all("answer" in record["modes"][name] for record in records):
         row |= {metric: bootstrap(lambda values: values.mean(axis=-1), column(name, metric)) for metric in METRICS}
     return row
+
+
+def _against_fixed(auto: Record, modes: list[Record], records: list[Record]) -> Record:
+    """A budget of ``auto`` compared with a fixed ratio that recomputes as much on average, by the same policy.
+
+    What the fixed ratio would give is interpolated linearly, question by question, between the fixed budgets that all
+    the questions were measured with, full reuse and recomputing all included. KL falls steeply at first, so that the
+    line between two budgets is above it: measure a fixed budget near the mean one.
+
+    Returns:
+        ``closure`` of the fixed ratio, ``kl_difference`` (auto minus fixed, mean over the questions) and ``signs``.
+    """
+    fixed = {
+        float(mode["budget"]): mode["mode"]
+        for mode in modes
+        if mode["primer"] == auto["primer"] and mode["policy"] in ("", auto["policy"]) and mode["budget"] != AUTO
+        if all(mode["mode"] in record["modes"] for record in records)
+    }
+    budgets = sorted(fixed)
+    mean_budget = np.mean([record["modes"][auto["mode"]]["recomputed_share"] for record in records])
+
+    def kl(mode: str) -> np.ndarray:
+        return np.array([sum(record["modes"][mode]["kl"]) for record in records])
+
+    curves = np.stack([kl(fixed[budget]) for budget in budgets], axis=1)
+    of_fixed = np.array([np.interp(mean_budget, budgets, curve) for curve in curves])
+    of_auto = kl(auto["mode"])
+    return {
+        "closure": float(closure(of_fixed, kl(FULL_REUSE))),
+        "kl_difference": bootstrap(lambda values: values.mean(axis=-1), of_auto - of_fixed),
+        "signs": sign_test(of_auto.tolist(), of_fixed.tolist()),
+    }

@@ -11,12 +11,12 @@ Ratio 1 chooses every matched token: the pass is then plain prefill. Ratio 0 is 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Generator
 from typing import Any, Protocol
 
 import torch
 
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout, in_order, upload
@@ -34,7 +34,8 @@ class Moment(Protocol):
 class BlendForward(Protocol):
     """One prompt inside an engine: its KV, partly loaded from chunks, and the model that can run over any of its rows.
 
-    On a GPU nothing here is read back to the host, which prepares the next pass while the GPU is busy with the last.
+    On a GPU nothing here is read back to the host, which prepares the next pass while the GPU is busy with the last;
+    only ``recompute_ratio="auto"`` reads back how many tokens it takes.
 
     Attributes:
         num_layers: Decoder layers.
@@ -92,12 +93,6 @@ class BlendResult:
         return self.finished - self.selected
 
 
-def recompute_budget(layout: PromptLayout, ratio: float) -> int:
-    """How many matched tokens a ratio pays for: ``floor(ratio * matched)``."""
-    # Rounded first: 0.15 * 100 is 15.000000000000002 and 0.29 * 100 is 28.999999999999996.
-    return math.floor(round(ratio * len(layout.matched), 6))
-
-
 def blend(forward: BlendForward, layout: PromptLayout, config: BlendConfig) -> BlendResult:
     """Blend one prompt; see :func:`blend_passes`."""
     passes = blend_passes(forward, layout, config)
@@ -142,13 +137,13 @@ def blend_passes(
         PolicyError: the policy returned positions that it may not return.
     """
     started = forward.now()
-    budget = recompute_budget(layout, config.recompute_ratio)
+    budget = Budget.of(len(layout.matched), config)
     policy_name = ""
     if chosen is not None:
         pass
-    elif budget == len(layout.matched):
+    elif budget.floor == len(layout.matched):
         chosen = layout.matched
-    elif budget == 0:
+    elif budget.ceiling == 0:
         chosen = layout.matched[:0]
     else:
         policy_name, chosen = yield from _choose(forward, layout, config, budget)
@@ -175,18 +170,22 @@ def forced_positions(layout: PromptLayout, config: BlendConfig, budget: int) -> 
     return top_positions(layout.matched[heads], -places[heads], budget)
 
 
-def _choose(forward: BlendForward, layout: PromptLayout, config: BlendConfig, budget: int) -> Selection:
+def _choose(forward: BlendForward, layout: PromptLayout, config: BlendConfig, budget: Budget) -> Selection:
     """The forced positions, and what the policy chooses with the rest of the budget."""
     forced = layout.matched[:0]
     if config.forced_tokens:
-        forced = forced_positions(layout, config, budget)
+        forced = forced_positions(layout, config, budget.ceiling)
         layout = layout.counting_as_missed(forced)
-    if len(forced) == budget:
+    if len(forced) == budget.ceiling:
         return "", forced
     needed = int((layout.missed >= forward.exact_tokens).sum())
-    budget = max(forward.affordable_rows(budget - len(forced) + needed) - needed, 1)
+
+    def affordable(count: int) -> int:
+        return max(forward.affordable_rows(count + needed) - needed, 1)
+
+    budget = budget.without(len(forced), affordable)
     name, chosen = yield from get_policy(config.policy).select(layout, budget, config, forward.num_layers)
-    _check_choice(config.policy, chosen, layout, budget)
+    _check_choice(config.policy, chosen, layout, budget.ceiling)
     if len(forced):
         chosen = in_order(chosen, forced)
     return name, chosen

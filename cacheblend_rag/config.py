@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.validation import is_number, is_whole
 
 Mode = Literal["auto", "blend", "off"]
+
+AUTO: Final = "auto"
+DEFAULT_RATIO = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,8 @@ class BlendConfig:
 
     Attributes:
         recompute_ratio: Share of the matched tokens whose KV is recomputed, in [0, 1]. 0 is full reuse, 1 is exactly
-            plain prefill.
+            plain prefill. ``"auto"``: as many as the policy finds to matter, see ``cacheblend_rag.budget``.
+        ratio_range: With ``"auto"``, the least and the greatest share, ``0 <= least <= greatest <= 1``.
         check_layers: Layers (0-based, ascending) at which fresh KV is compared with cached. At several, ``hkvd`` and
             ``hkvd_kv`` filter gradually (CacheBlend, section 4.3); ``hybrid`` takes the last.
         policy: Name of the selection policy, see ``cacheblend_rag.policies``.
@@ -31,7 +35,8 @@ class BlendConfig:
         ConfigError: a value is out of its range.
     """
 
-    recompute_ratio: float = 0.15
+    recompute_ratio: float | Literal["auto"] = DEFAULT_RATIO
+    ratio_range: tuple[float, float] = (0.05, 0.5)
     check_layers: tuple[int, ...] = (1,)
     policy: str = "query_aware"
     forced_tokens: int = 0
@@ -40,8 +45,14 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         ratio = self.recompute_ratio
-        if not is_number(ratio) or not 0 <= ratio <= 1:
-            raise ConfigError(f"recompute_ratio must be a number in [0, 1], not {ratio!r}")
+        if ratio != AUTO and not (is_number(ratio) and 0 <= ratio <= 1):
+            raise ConfigError(f'recompute_ratio must be a number in [0, 1] or "auto", not {ratio!r}')
+        bounds = self.ratio_range
+        if not isinstance(bounds, list | tuple) or len(bounds) != 2 or not all(map(is_number, bounds)):
+            raise ConfigError(f"ratio_range must be two numbers in [0, 1], not {bounds!r}")
+        if not 0 <= bounds[0] <= bounds[1] <= 1:
+            raise ConfigError(f"ratio_range must be in [0, 1], the lower number first, not {bounds!r}")
+        object.__setattr__(self, "ratio_range", tuple(bounds))
         layers = tuple(self.check_layers)
         if not layers or any(not is_whole(n) or n < 0 for n in layers):
             raise ConfigError(f"check_layers must be layer numbers from 0, at least one, not {self.check_layers!r}")
@@ -58,6 +69,12 @@ class BlendConfig:
         from cacheblend_rag.policies import get_policy  # here: policies need BlendConfig
 
         get_policy(self.policy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; ``BlendConfig(**values)`` is the inverse."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
     def with_overrides(self, overrides: Mapping[str, Any] | None) -> BlendConfig:
         """This config with some fields replaced.

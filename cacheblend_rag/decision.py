@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cacheblend_rag.blending import recompute_budget
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.stats import Decision
@@ -20,7 +20,12 @@ def decide(layout: PromptLayout, config: BlendConfig) -> tuple[Decision, str]:
         return without_blend, "only an exact prefix is known" if layout.prefix else "no known chunk in the prompt"
     if config.mode == "blend":
         return "blend", "mode is blend"
-    reused = len(layout.matched) - recompute_budget(layout, config.recompute_ratio)
+    budget = Budget.of(len(layout.matched), config)
+    reused = len(layout.matched) - budget.ceiling  # in any case
+    at_least = "" if budget.floor == budget.ceiling else "at least "
     if reused < config.min_reused_tokens:
-        return without_blend, f"blending would reuse {reused} tokens, min_reused_tokens is {config.min_reused_tokens}"
-    return "blend", f"reuses {reused} of {layout.length} tokens"
+        return (
+            without_blend,
+            f"blending would reuse {at_least}{reused} tokens, min_reused_tokens is {config.min_reused_tokens}",
+        )
+    return "blend", f"reuses {at_least}{reused} of {layout.length} tokens"

@@ -348,6 +348,9 @@ class TestQuery:
         none, some = document(*ask, "--ratio", 0), document(*ask, "--ratio", 0.5, "--policy", "hkvd")
         assert none["stats"]["recomputed_tokens"] == 0 < some["stats"]["recomputed_tokens"]
         assert some["stats"]["policy"] == "hkvd"
+        adapted = document(*ask, "--ratio", "auto")["stats"]
+        share = adapted["recomputed_tokens"] / (adapted["recomputed_tokens"] + adapted["reused_tokens"])
+        assert 0.04 < share <= 0.5
         forced = document(*ask, "--policy", "none", "--forced-tokens", 2)["stats"]
         assert 0 < forced["recomputed_tokens"] <= 2 * forced["segments"]
         assert document(*ask[:-1], "off")["stats"]["decision"] == "prefill"
@@ -412,7 +415,7 @@ class TestQuery:
         self, options: list[str], models: list[str], store: Path, tmp_path: Path
     ) -> None:
         ask = ["query", "salt", *options]
-        assert "recompute_ratio must be a number in [0, 1], not 1.5" in refused(*ask, "--ratio", 1.5)
+        assert 'recompute_ratio must be a number in [0, 1] or "auto", not 1.5' in refused(*ask, "--ratio", 1.5)
         assert "recompute_ratio" in refused(*ask, "--ratio", "nan")
         assert "unknown policy 'best': known are" in refused(*ask, "--policy", "best")
         assert "mode must be one of" in refused(*ask, "--mode", "fast")

@@ -1,5 +1,7 @@
 """Settings that can't mean anything are refused where they are given, in one line that names them."""
 
+import json
+
 import pytest
 
 from cacheblend_rag import BlendConfig
@@ -15,6 +17,9 @@ NAN, INFINITY = float("nan"), float("inf")
         *({"recompute_ratio": value} for value in (-0.1, 1.1, NAN, INFINITY, True, "0.15", None)),
         *({"check_layers": value} for value in ((), (-1,), (1, 1), (2, 1), (True,), (1.0,))),
         *({name: value} for name in ("forced_tokens", "min_reused_tokens") for value in (-1, 1.5, True, None)),
+        {"recompute_ratio": "most"},
+        *({"ratio_range": value} for value in (0.1, None, "ab", (), (0.1,), (0.1, 0.2, 0.3), (0.1, "0.2"), (True, 1))),
+        *({"ratio_range": value} for value in ((0.5, 0.1), (-0.1, 0.5), (0.1, 1.1), (NAN, 0.5), (0.1, INFINITY))),
         {"policy": "no such policy"},
         {"mode": "fast"},
     ],
@@ -46,6 +51,12 @@ def test_bad_sampling_settings(setting):
     with pytest.raises(ConfigError) as error:
         SamplingParams(**setting)
     assert next(iter(setting)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_blend_settings_survive_json():
+    config = BlendConfig(recompute_ratio="auto", ratio_range=(0, 0.4), check_layers=(1, 3))
+    assert BlendConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
 def test_whole_numbers_are_numbers():

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,13 @@ def _directory(text: str) -> Path:
     if "://" in text:
         raise typer.BadParameter(f"{text} is a URL: give a directory")
     return Path(text).expanduser()
+
+
+def _ratio(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto") from None
 
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model directory or hub id.")]
@@ -43,6 +50,15 @@ Primer = Annotated[
 ]
 Codec = Annotated[
     str, typer.Option(metavar="CODEC", help="How chunk KV is kept: raw, or fp8 (half the bytes of bfloat16).")
+]
+Ratio = Annotated[
+    Any,
+    typer.Option(
+        "--ratio",
+        metavar="RATIO",
+        parser=_ratio,
+        help="Share of the reused tokens to recompute, from 0 to 1; auto: as many as matter to the answer.",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto.")]

@@ -31,7 +31,7 @@ def query(
     engine: options.EngineName = "transformers",
     base_url: options.BaseUrl = None,
     top_k: Annotated[int, typer.Option(min=1, help="Most passages to retrieve.")] = 6,
-    ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute, from 0 to 1.")] = 0.15,
+    ratio: options.Ratio = 0.15,
     policy: Annotated[str, typer.Option(help="How tokens are chosen for that.")] = "query_aware",
     forced_tokens: Annotated[
         int, typer.Option(help="First tokens of each run of a chunk that are among them in any case.")

@@ -22,7 +22,7 @@ def serve(
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
     codec: options.Codec = "raw",
-    ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute, from 0 to 1.")] = 0.15,
+    ratio: options.Ratio = 0.15,
     policy: Annotated[str, typer.Option(help="How tokens are chosen for that.")] = "query_aware",
     forced_tokens: Annotated[
         int, typer.Option(help="First tokens of each run of a chunk that are among them in any case.")

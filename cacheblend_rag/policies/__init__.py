@@ -71,9 +71,10 @@ def is_built_in(name: str) -> bool:
 
 
 def _check_policy(name: str, policy: object) -> None:
-    is_one = callable(getattr(policy, "select", None)) and isinstance(getattr(policy, "reads_question", None), bool)
+    flags = (getattr(policy, name, None) for name in ("reads_question", "adapts"))
+    is_one = callable(getattr(policy, "select", None)) and all(isinstance(flag, bool) for flag in flags)
     if not is_one or isinstance(policy, type):
-        raise ConfigError(f"policy {name!r} must be an object with select() and reads_question, not {policy!r}")
+        raise ConfigError(f"policy {name!r} must be an object with select(), reads_question and adapts, not {policy!r}")
 
 
 @functools.cache

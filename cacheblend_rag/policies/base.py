@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
     from cacheblend_rag.passes import Selection
@@ -21,16 +22,19 @@ class SelectionPolicy(Protocol):
     Attributes:
         reads_question: Whether the choice depends on what stands after the last chunk. If not, prompts that differ only
             there may share blended KV.
+        adapts: Whether it asks :meth:`~cacheblend_rag.budget.Budget.spend` how many tokens to choose. If not,
+            ``recompute_ratio="auto"`` is a fixed ratio for it, the default one.
     """
 
     reads_question: bool
+    adapts: bool
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """Choose.
 
         Args:
             layout: What is matched and what is missed. Forced tokens are among the missed.
-            budget: Most tokens to choose, at least 1 and fewer than are matched.
+            budget: How many tokens to choose: at least 1, at most as many as are matched.
             config: The request's settings.
             num_layers: Decoder layers of the model.
 
@@ -39,7 +43,7 @@ class SelectionPolicy(Protocol):
 
         Returns:
             The name of the policy that chose (one may fall back to another) and the chosen positions: int64, ascending,
-            no repeats, a subset of ``layout.matched``, at most ``budget``.
+            no repeats, a subset of ``layout.matched``, at most ``budget.ceiling``.
         """
 
 

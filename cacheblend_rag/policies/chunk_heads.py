@@ -15,6 +15,7 @@ from cacheblend_rag.passes import Selection
 from cacheblend_rag.policies.base import top_positions
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -23,8 +24,9 @@ class ChunkHeads:
     """Nearest to the head of its run first."""
 
     reads_question = False
+    adapts = False
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         yield from ()
-        return "chunk_heads", top_positions(layout.matched, -layout.places_in_segments(), budget)
+        return "chunk_heads", top_positions(layout.matched, -layout.places_in_segments(), budget.ceiling)

@@ -21,6 +21,7 @@ from cacheblend_rag.passes import Deviations, Pass, Selection
 from cacheblend_rag.policies.base import top_positions
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -33,18 +34,20 @@ class HKVD:
     """
 
     reads_question = False
+    adapts = True
 
     def __init__(self, *, keys: bool = False) -> None:
         self._keys = keys
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         candidates = layout.matched
         checks = len(config.check_layers)
         for done, layer in enumerate(config.check_layers, start=1):
             deviations = yield from measure_deviations(layout, candidates, layer, keys=self._keys)
             # Gradual filtering: the share kept shrinks linearly to the budget at the last check layer.
-            keep = budget * (2 * checks - done) // checks
+            is_last = done == checks
+            keep = budget.spend(deviations.sqrt()) if is_last else budget.ceiling * (2 * checks - done) // checks
             candidates = top_positions(upload(candidates, deviations.device), deviations, keep)
         return "hkvd_kv" if self._keys else "hkvd", candidates
 

@@ -18,9 +18,10 @@ from cacheblend_rag.layout import upload
 from cacheblend_rag.passes import QuestionAttention, Selection
 from cacheblend_rag.policies.base import top_positions
 from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
-from cacheblend_rag.policies.query_aware import find_question, watched_layers
+from cacheblend_rag.policies.query_aware import ATTENTION_LEFT, find_question, watched_layers
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -29,8 +30,9 @@ class Hybrid:
     """Highest product of attention and deviation first; ``hkvd`` where no question follows the passages."""
 
     reads_question = True
+    adapts = True
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
@@ -39,4 +41,8 @@ class Hybrid:
         deviations = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
         attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
         matched = upload(layout.matched, attention.device)
-        return "hybrid", top_positions(matched, attention[matched] * deviations.sqrt(), budget)
+        distances = deviations.sqrt()
+        scores = attention[matched] * distances
+        # With distances in units of their mean, scores are shares of the attention as in query_aware.
+        count = budget.spend(scores, ATTENTION_LEFT * distances.mean())
+        return "hybrid", top_positions(matched, scores, count)

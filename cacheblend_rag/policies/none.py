@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cacheblend_rag.passes import Selection
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -21,8 +22,9 @@ class Nothing:
     """No token."""
 
     reads_question = False
+    adapts = False
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         yield from ()
         return "none", layout.matched[:0]

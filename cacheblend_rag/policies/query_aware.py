@@ -21,8 +21,15 @@ from cacheblend_rag.policies.base import top_positions
 from cacheblend_rag.policies.hkvd import HKVD
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
+
+ATTENTION_LEFT = 0.08
+"""With ``recompute_ratio="auto"``, the share of the question's attention that tokens may get that are not recomputed.
+
+It bounds what their stale KV can change: an attention's output is a mean of values, weighted by it.
+"""
 
 # A tail this short is the end of a template, not a question: it stands before the passages then.
 MIN_QUESTION_TOKENS = 8
@@ -34,15 +41,17 @@ class QueryAware:
     """Most attended by the question first; ``hkvd`` where no question follows the passages."""
 
     reads_question = True
+    adapts = True
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
         matched = upload(layout.matched, attention.device)
-        return "query_aware", top_positions(matched, attention[matched], budget)
+        scores = attention[matched]
+        return "query_aware", top_positions(matched, scores, budget.spend(scores, ATTENTION_LEFT))
 
 
 def find_question(layout: PromptLayout) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from cacheblend_rag.passes import Selection
 from cacheblend_rag.policies.base import top_positions
 
 if TYPE_CHECKING:
+    from cacheblend_rag.budget import Budget
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
@@ -25,9 +26,11 @@ class Random:
     """Any tokens, each as likely as the others."""
 
     reads_question = False
+    adapts = False
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         yield from ()
         generator = torch.Generator().manual_seed(zlib.crc32(layout.matched.numpy().tobytes()))
-        return "random", top_positions(layout.matched, torch.rand(len(layout.matched), generator=generator), budget)
+        order = torch.rand(len(layout.matched), generator=generator)
+        return "random", top_positions(layout.matched, order, budget.ceiling)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cacheblend_rag.budget import ratios
 from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.matching import Segment
@@ -156,7 +157,7 @@ class Salts:
             config: The request's settings.
             first_block: The first block that holds a blended token.
         """
-        settings = repr((config.recompute_ratio, config.policy, config.check_layers, config.forced_tokens))
+        settings = repr((ratios(config), config.policy, config.check_layers, config.forced_tokens))
         marks: Marks = ()
         since = first_block * self._block_size
         earlier = self._find(ids, plain, settings, segments, first_block)

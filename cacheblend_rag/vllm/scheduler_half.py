@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import cacheblend_rag
-from cacheblend_rag.blending import recompute_budget
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.decision import decide
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
@@ -55,7 +55,7 @@ class _Plan:
         hashes: Its block hashes, if it is to be blended.
         marks: Where its blocks are salted; empty unless it is to be blended.
         wait: What it waits for, if chunks of it are on disk only.
-        rows: Rows that its blend recomputes.
+        rows: Most rows that its blend recomputes.
         spoilt: Whether its blended blocks are none that others may read.
         block_ids: Its block table, of a chunk to be stored.
         answer: What a request that asks for something else than generation is told.
@@ -203,7 +203,7 @@ class SchedulerHalf:
             return None
         if not self._computed(request.block_hashes[: hit // self._block_size]):
             return None
-        plan.rows = recompute_budget(layout, plan.params.blend.recompute_ratio) + len(layout.missed)
+        plan.rows = Budget.of(len(layout.matched), plan.params.blend).ceiling + len(layout.missed)
         if self._jobs.blends and self._planned_rows + plan.rows > self._step_rows:
             return None  # requests that are being answered wait for the step to end
         first_block = _first_loaded(layout) // self._block_size

@@ -82,8 +82,7 @@ class ConnectorSettings:
 
     def to_extra_config(self) -> dict[str, Any]:
         """As plain values, for JSON; the inverse of :meth:`parse`."""
-        blend = {**dataclasses.asdict(self.blend), "check_layers": list(self.blend.check_layers)}
-        return {**dataclasses.asdict(self), "blend": blend}
+        return {**dataclasses.asdict(self), "blend": self.blend.to_dict()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,17 +27,19 @@ def test_divergence_and_agreement() -> None:
 
 
 def test_modes_of_the_system_primer() -> None:
-    modes = quality.compared_modes(["hkvd", "query_aware"], [0.15, 0.5, 1.0], "system")
+    modes = quality.compared_modes(["hkvd", "query_aware", "random"], [0.15, 1.0, "auto"], "system")
     assert [mode.mode for mode in modes] == [
         "full reuse",
         "hkvd 15%",
-        "hkvd 50%",
+        "hkvd auto",
         "query_aware 15%",
-        "query_aware 50%",
+        "query_aware auto",
+        "random 15%",
         "recompute 100%",
     ]
     assert modes[0].blend == {"mode": "blend", "recompute_ratio": 0.0}
     assert modes[3].blend == {"mode": "blend", "recompute_ratio": 0.15, "policy": "query_aware"}
+    assert modes[4].blend == {"mode": "blend", "recompute_ratio": "auto", "policy": "query_aware"}
 
 
 def test_another_primer_is_compared_with_that_of_the_system() -> None:
@@ -124,14 +126,23 @@ def test_a_run_and_its_merge(
 ) -> None:
     common = ["--model", smollm2, "--dtype", "float32", "--device", "cpu", "--data", data, "--max-tokens", 3]
     paths = {name: tmp_path / "results" / name for name in ("a.jsonl", "a.json", "b.jsonl", "b.json", "plot.svg")}
-    budgets = ["--policies", "query_aware", "--budgets", "0.5,1"]
+    budgets = ["--policies", "query_aware", "--budgets", "0.5,auto,1"]
     run(monkeypatch, *common, *budgets, "--answers", "--records", paths["a.jsonl"], "--json", paths["a.json"])
     shown = capsys.readouterr()
     assert "3/3: tales 2: " in shown.err
     assert "tales: 2 questions" in shown.out
 
     rows = rows_of(paths["a.json"])
-    assert list(rows) == ["full prefill", "full reuse", "query_aware 50%", "recompute 100%", "hkvd 15%"]
+    assert list(rows) == [
+        "full prefill",
+        "full reuse",
+        "query_aware 50%",
+        "query_aware auto",
+        "recompute 100%",
+        "hkvd 15%",
+    ]
+    assert 0.04 < rows["query_aware auto"]["mean_budget"] <= rows["query_aware 50%"]["mean_budget"] <= 0.5
+    assert "query_aware auto against a fixed ratio of 0." in shown.out
     assert rows["full reuse"]["closure"]["value"] == 0
     assert rows["full reuse"]["kl_per_token"]["mean"] > 1e-3
     assert 0 < rows["query_aware 50%"]["closure"]["value"] < 1

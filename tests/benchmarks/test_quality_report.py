@@ -16,7 +16,14 @@ MODES = [
     {"mode": "full reuse", "primer": "system", "policy": "", "budget": 0.0},
     {"mode": "hkvd 15%", "primer": "system", "policy": "hkvd", "budget": 0.15},
 ]
-SETTINGS = {"model": "m", "dtype": "float32", "max_tokens": 8, "corpus_tokens": 10, "primer": "system"}
+SETTINGS = {
+    "model": "m",
+    "dtype": "float32",
+    "best_last": False,
+    "max_tokens": 8,
+    "corpus_tokens": 10,
+    "primer": "system",
+}
 
 
 def mode_record(own: float, gold: float, top1: tuple[int, int] = (2, 3), computed: int = 10) -> dict[str, Any]:
@@ -160,3 +167,41 @@ def test_lines_of_the_picture_begin_with_full_reuse_of_their_primer() -> None:
         "hkvd": [(0, 0), (0.15, 0.5)],
         "hkvd, none primer": [(0, -0.5), (1, 1), (0.05, 0.5)],
     }
+
+
+def test_auto_is_compared_with_a_fixed_ratio_of_its_mean_budget() -> None:
+    modes = [
+        *MODES,
+        {"mode": "hkvd 25%", "primer": "system", "policy": "hkvd", "budget": 0.25},
+        {"mode": "hybrid 20%", "primer": "system", "policy": "hybrid", "budget": 0.2},
+        {"mode": "hkvd auto", "primer": "system", "policy": "hkvd", "budget": "auto"},
+    ]
+
+    def records(autos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        other = {"hkvd 25%": mode_record(1, 1), "hybrid 20%": mode_record(0, 0)}
+        return [
+            question(n, mode_record(2 + n, 2), mode_record(5, 5), **other, **{"hkvd auto": auto})
+            for n, auto in enumerate(autos)
+        ]
+
+    autos = [mode_record(1, 1) | {"recomputed_share": 0.1}, mode_record(2, 2.5) | {"recomputed_share": 0.3}]
+    results = report([{"modes": modes}], records(autos))
+    row = results["datasets"][0]["rows"][-1]
+    assert row["mean_budget"] == pytest.approx(0.2)
+    against = row["against_fixed"]  # between 15% and 25%: (4 + 2) / 2 and (5 + 2) / 2
+    assert against["closure"] == pytest.approx(1 - 6.5 / 20)
+    assert against["kl_difference"]["value"] == pytest.approx((2 - 3 + 4.5 - 3.5) / 2)
+    assert (against["signs"]["wins"], against["signs"]["losses"]) == (1, 1)
+    (panel,) = panels(results)
+    (point,) = panel.lines["hkvd auto"]
+    assert (point.budget, point.closure) == pytest.approx((0.2, 1 - 6.5 / 20))
+    assert "against_fixed" not in results["datasets"][0]["rows"][-2]
+    assert "mean_budget" not in results["datasets"][0]["rows"][-2]
+
+
+def test_a_fixed_ratio_can_be_full_reuse_in_part() -> None:
+    """A mean budget below the lowest that was measured."""
+    modes = [*MODES, {"mode": "hkvd auto", "primer": "system", "policy": "hkvd", "budget": "auto"}]
+    auto = {"hkvd auto": mode_record(3, 3) | {"recomputed_share": 0.05}}
+    results = report([{"modes": modes}], [question(0, mode_record(1, 1), mode_record(4, 4), **auto)])
+    assert results["datasets"][0]["rows"][-1]["against_fixed"]["kl_difference"]["value"] == pytest.approx(0)

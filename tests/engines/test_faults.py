@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cacheblend_rag import Generation, PolicyError, StoreError, policies
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines import transformers_reader
 from cacheblend_rag.engines.model_files import tokenize_chunk
@@ -230,9 +231,9 @@ class _Breaks:
     def __init__(self, choice: Callable[[PromptLayout, int], torch.Tensor]) -> None:
         self._choice = choice
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
-        return "breaks", self._choice(layout, budget)
+        return "breaks", self._choice(layout, budget.ceiling)
 
 
 @pytest.mark.parametrize(

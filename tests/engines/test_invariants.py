@@ -4,12 +4,14 @@ I4 (shifting), I7 (determinism), on every architecture in float32 with poisoned 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cacheblend_rag import policies
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout
@@ -53,13 +55,14 @@ class _RandomChoice:
     """A policy that chooses anything it may."""
 
     reads_question = True
+    adapts = False
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
-        order = torch.randperm(len(layout.matched), generator=self._generator)[:budget]
+        order = torch.randperm(len(layout.matched), generator=self._generator)[: budget.ceiling]
         return "random", layout.matched[order].sort().values
 
 
@@ -91,7 +94,8 @@ def test_i2_exact_kv_gives_exact_answers(case: Case, shift: int, monkeypatch: py
     for seed in range(3):
         monkeypatch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
 
-    selections = list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+    selections: list[tuple[str, Any]] = [(policy, "auto") for policy in case.policies]
+    selections += itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95))
     if case.real:
         selections = [("hkvd", 0.1), ("query_aware", 0.1), ("random0", 0.5)] if shift == 97 else [("query_aware", 0.0)]
     plain = case.plain_logits(ids)
@@ -142,8 +146,9 @@ def test_i4_shifted_keys_are_those_computed_there(case: Case, old: int, new: int
 
 def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case) -> None:
     prompts = [case.prompt(seed) for seed in range(2 if case.real else 3)]
-    for policy in case.policies:
-        settings = {"max_tokens": 4 if case.real else 8, "blend": {"policy": policy}, "logprobs": 3}
+    for policy, ratio in itertools.product(case.policies, ("auto",) if case.real else (0.15, "auto")):
+        blend = {"policy": policy, "recompute_ratio": ratio}
+        settings = {"max_tokens": 4 if case.real else 8, "blend": blend, "logprobs": 3}
         alone = [case.engine.generate(p, **settings) for p in prompts]
         again = [case.engine.generate(p, **settings) for p in prompts]
         batch = case.engine.generate(prompts, **settings)
@@ -165,3 +170,19 @@ def test_every_token_is_counted_once(case: Case) -> None:
         assert counted == stats.prompt_tokens
         parts = stats.match + stats.load + stats.select + stats.recompute + stats.first_token
         assert 0.5 * stats.ttft < parts <= stats.ttft
+
+
+def test_auto_keeps_to_its_range(case: Case) -> None:
+    for policy in case.policies:
+        blend = {"recompute_ratio": "auto", "ratio_range": (0.1, 0.3), "policy": policy, "forced_tokens": 3}
+        stats = case.engine.generate(case.prompt(5), max_tokens=1, blend=blend).stats
+        matched = stats.reused_tokens + stats.recomputed_tokens
+        assert int(0.1 * matched) <= stats.recomputed_tokens <= int(0.3 * matched)
+        assert stats.prefix_tokens + matched + stats.missed_tokens == stats.prompt_tokens
+
+
+def test_auto_without_a_range_is_a_fixed_ratio(case: Case) -> None:
+    ids = case.ids(case.prompt(5))
+    for policy in ("query_aware",) if case.real else (*case.policies, "random", "chunk_heads"):
+        fixed = case.logits(ids, recompute_ratio=0.2, policy=policy)
+        assert torch.equal(case.logits(ids, recompute_ratio="auto", ratio_range=(0.2, 0.2), policy=policy), fixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig, PolicyError, policies
-from cacheblend_rag.blending import blend, recompute_budget
+from cacheblend_rag.blending import blend
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
 
@@ -32,27 +34,27 @@ def kinds(forward: FakeForward) -> list[type[Pass]]:
 @pytest.mark.parametrize("policy", NAMES)
 @given(
     shape=shapes,
-    ratio=st.sampled_from([0.0, 0.01, 0.15, 0.5, 0.9, 1.0]),
+    ratio=st.sampled_from([0.0, 0.01, 0.15, 0.5, 0.9, 1.0, "auto"]),
     forced=st.sampled_from([0, 1, 5, 100]),
     check_layers=st.sampled_from([(1,), (0, 2, 5)]),
     unit=st.sampled_from([1, 16, 64]),
 )
 def test_any_choice_is_one_that_may_be_made(
-    policy: str, shape: Shape, ratio: float, forced: int, check_layers: tuple[int, ...], unit: int
+    policy: str, shape: Shape, ratio: Any, forced: int, check_layers: tuple[int, ...], unit: int
 ) -> None:
     layout = shape.layout()
     config = BlendConfig(recompute_ratio=ratio, policy=policy, forced_tokens=forced, check_layers=check_layers)
     forward = FakeForward(layout, unit=unit)
     result = blend(forward, layout, config)
-    chosen, budget = result.recomputed, recompute_budget(layout, ratio)
+    chosen, budget = result.recomputed, Budget.of(len(layout.matched), config)
     assert chosen.dtype == torch.int64
     assert bool((chosen[1:] > chosen[:-1]).all())
     assert bool(torch.isin(chosen, layout.matched).all())
-    assert len(chosen) <= budget
-    if unit == 1 and policy != "none":
-        assert len(chosen) == budget
+    assert len(chosen) <= budget.ceiling
+    if policy != "none" and (unit == 1 or budget.floor < budget.ceiling):
+        assert len(chosen) >= budget.floor
     heads = {position for s in layout.segments for position in range(s.start, min(s.start + forced, s.end))}
-    assert len(heads & set(chosen.tolist())) >= min(len(heads), budget) * (forced > 0)
+    assert len(heads & set(chosen.tolist())) >= min(len(heads), budget.ceiling) * (forced > 0)
     last = forward.passes[-1]
     assert isinstance(last, Recompute)
     assert torch.equal(last.rows, torch.cat([chosen, layout.missed]).sort().values)
@@ -85,6 +87,51 @@ def test_several_check_layers_leave_fewer_and_fewer(policy: str) -> None:
         assert set(fewer.rows.tolist()) < set(rows.rows.tolist())
 
 
+def test_query_aware_takes_what_is_looked_at_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.policies.query_aware.ATTENTION_LEFT", 0.06)
+    layout = make_layout([(3, 50), (2, 50)])
+    attention = torch.full((layout.length,), 1e-5)
+    attention[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.3])
+    auto = {"recompute_ratio": "auto", "ratio_range": (0.01, 0.5)}
+    assert choose(FakeForward(layout, attention=attention), layout, **auto) == [4, 22, 40]
+    attention[22] = 0.03
+    assert choose(FakeForward(layout, attention=attention), layout, **auto) == [4, 40]
+    assert choose(FakeForward(layout, attention=attention / 1000), layout, **auto) == [40]  # the floor
+    forward = FakeForward(layout, attention=attention)
+    assert choose(forward, layout, **auto, forced_tokens=2) == [3, 4, 40, 55, 56]
+    attention[:] = 0.01
+    assert len(choose(FakeForward(layout, attention=attention), layout, **auto)) == 50  # the ceiling
+
+
+def test_hkvd_takes_what_holds_most_of_the_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.budget.SHARE_LEFT", 0.5)
+    layout = make_layout([(3, 50), (2, 50)])
+    deviations = torch.full((layout.length,), 1e-6)
+    deviations[[5, 30, 60]] = torch.tensor([400.0, 100.0, 25.0])
+    for check_layers in ((1,), (0, 2, 4)):
+        auto = {"policy": "hkvd", "recompute_ratio": "auto", "ratio_range": (0.01, 0.5), "check_layers": check_layers}
+        forward = FakeForward(layout, deviations=deviations)
+        assert choose(forward, layout, **auto) == [5]  # distances: 20 against 15 and a little
+        deviations[60] = 225
+        assert choose(FakeForward(layout, deviations=deviations), layout, **auto) == [5, 60]
+        deviations[60] = 25
+
+
+def test_hybrid_weighs_the_attention_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.policies.hybrid.ATTENTION_LEFT", 0.06)
+    layout = make_layout([(3, 50), (2, 50)])
+    attention, deviations = torch.full((layout.length,), 1e-5), torch.ones(layout.length)
+    attention[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.05])
+    auto = {"policy": "hybrid", "recompute_ratio": "auto", "ratio_range": (0.01, 0.5)}
+    for unit in (1.0, 100.0):  # distances have no scale
+        forward = FakeForward(layout, attention=attention, deviations=deviations * unit)
+        assert choose(forward, layout, **auto) == [4, 22]
+    deviations[40] = 4.0  # twice as wrong as others
+    assert choose(FakeForward(layout, attention=attention, deviations=deviations), layout, **auto) == [4, 22, 40]
+    deviations[:] = 0.0
+    assert len(choose(FakeForward(layout, attention=attention, deviations=deviations), layout, **auto)) == 1
+
+
 def test_query_aware_takes_what_the_question_looks_at() -> None:
     layout = make_layout([(3, 20), (2, 20)])
     attention = torch.zeros(layout.length)
@@ -110,6 +157,18 @@ def test_hybrid_takes_what_is_both_looked_at_and_wrong() -> None:
     assert forward.passes[0].layer == 2  # type: ignore[union-attr]
     forward = FakeForward(layout, attention=attention, deviations=deviations)
     assert choose(forward, layout, policy="hybrid", recompute_ratio=0.05) == [30, 31]
+
+
+@pytest.mark.parametrize("policy", ["hkvd", "hkvd_kv", "hybrid", "query_aware"])
+def test_only_auto_reads_back_what_was_measured(policy: str) -> None:
+    """Tensors of the device "meta" have no values: who wants one, for which a GPU would stall, gets an exception."""
+    layout = make_layout([(3, 40), (0, 40)])
+    deviations, attention = torch.ones(2, layout.length, device="meta")
+    forward = FakeForward(layout, deviations=deviations, attention=attention, unit=16)
+    settings = {"policy": policy, "forced_tokens": 2, "check_layers": (0, 2)}
+    assert blend(forward, layout, BlendConfig(**settings, recompute_ratio=0.2)).recomputed.is_meta
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        blend(forward, layout, BlendConfig(**settings, recompute_ratio="auto"))
 
 
 @pytest.mark.parametrize("policy", ["query_aware", "hybrid"])
@@ -194,13 +253,14 @@ class _Gives:
     """A policy that returns what it was told to."""
 
     reads_question = False
+    adapts = False
 
     def __init__(self, choice: Callable[[PromptLayout, int], object]) -> None:
         self._choice = choice
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
-        return "something else", self._choice(layout, budget)  # type: ignore[return-value]
+        return "something else", self._choice(layout, budget.ceiling)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(

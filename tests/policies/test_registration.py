@@ -13,6 +13,7 @@ import torch
 
 from cacheblend_rag import BlendConfig, ConfigError, policies
 from cacheblend_rag.blending import blend
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Selection
 from cacheblend_rag.policies import get_policy, policy_names, register_policy
@@ -22,10 +23,11 @@ from .conftest import FakeForward, make_layout
 TAILS = """
 class Tails:
     reads_question = False
+    adapts = False
 
     def select(self, layout, budget, config, num_layers):
         yield from ()
-        return "tails", layout.matched[-budget:]
+        return "tails", layout.matched[-budget.ceiling :]
 
 tails = Tails()
 """
@@ -35,10 +37,11 @@ class _Tails:
     """The last tokens."""
 
     reads_question = False
+    adapts = False
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
-        return "tails", layout.matched[-budget:]
+        return "tails", layout.matched[-budget.ceiling :]
 
 
 @pytest.fixture(autouse=True)

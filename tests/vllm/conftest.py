@@ -26,6 +26,7 @@ os.environ.update(
 pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
 
 from cacheblend_rag import BlendConfig, Generation, policies
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
@@ -239,13 +240,14 @@ class _RandomChoice:
     """A policy that chooses anything it may."""
 
     reads_question = True
+    adapts = False
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
-        order = torch.randperm(len(layout.matched), generator=self._generator)[:budget]
+        order = torch.randperm(len(layout.matched), generator=self._generator)[: budget.ceiling]
         return "random", layout.matched[order].sort().values
 
 

@@ -292,6 +292,7 @@ def test_a_fault_while_storing(case: Case, hook: str, monkeypatch: pytest.Monkey
 def test_a_policy_that_breaks_its_contract(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         reads_question = False
+        adapts = False
 
         def select(self, layout: PromptLayout, *args: Any) -> Selection:
             yield from ()

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from cacheblend_rag import BlendConfig, Generation, policies
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Selection
@@ -211,11 +212,12 @@ class _Gives:
     """A policy that is not ours, which chooses on the GPU."""
 
     reads_question = False
+    adapts = False
 
     def __init__(self, positions: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._positions = positions
 
-    def select(self, layout: PromptLayout, budget: int, config: BlendConfig, num_layers: int) -> Selection:
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
         return "mine", self._positions(layout.matched[:8].cuda())
 

@@ -104,10 +104,11 @@ def test_i2_exact_kv_gives_exact_answers(
         assert max_difference(logits, plain) < tolerance, (policy, ratio)
 
 
-def selections(case: Case, name: str, shift: int) -> list[tuple[str, float]]:
+def selections(case: Case, name: str, shift: int) -> list[tuple[str, Any]]:
     """Policies and ratios: all of them on random models, a few on real weights, which take a hundred times as long."""
     if name != "smollm2":
-        return list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+        several = list(itertools.product((*case.policies, "random0", "random1", "random2"), (0.0, 0.1, 0.5, 0.95)))
+        return [*several, *((policy, "auto") for policy in case.policies)]
     return [("hkvd", 0.1), ("query_aware", 0.1), ("random0", 0.5)] if shift else [("query_aware", 0.0)]
 
 
@@ -150,8 +151,9 @@ def test_i4_shifted_keys_are_those_computed_there(case: Case, old: int, new: int
 
 def test_i7_same_prompt_same_tokens_and_batch_as_alone(case: Case) -> None:
     prompts = [case.prompt(seed) for seed in range(2)]
-    for policy in case.policies:
-        settings = {"max_tokens": 5, "blend": {"policy": policy, "forced_tokens": 2}, "logprobs": 3}
+    for policy, ratio in [*((policy, 0.15) for policy in case.policies), ("query_aware", "auto")]:
+        blend = {"policy": policy, "recompute_ratio": ratio, "forced_tokens": 2}
+        settings = {"max_tokens": 5, "blend": blend, "logprobs": 3}
         forget_prefixes(case.engine)
         alone = [case.engine.generate(p, **settings) for p in prompts]
         repeated = [case.engine.generate(p, **settings) for p in prompts]  # over their own blocks in the prefix cache

@@ -105,11 +105,13 @@ def test_blends_of_a_step_share_their_passes(case: Case, stand_in: StandIn) -> N
 
 
 def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> None:
-    """A policy with passes that are not packed, one that needs none, and a choice of everything."""
-    prompts = [case.prompt(seed) for seed in range(63, 67)]
+    """A policy with passes that are not packed, numbers that the scores decide, nothing, and everything."""
+    prompts = [case.prompt(seed) for seed in range(63, 69)]
     blends: list[dict[str, Any]] = [
         {"policy": "hkvd"},
         {"policy": "query_aware"},
+        {"policy": "hkvd", "recompute_ratio": "auto"},
+        {"policy": "query_aware", "recompute_ratio": "auto"},
         {"recompute_ratio": 0.0},
         {"recompute_ratio": 1.0},
     ]
@@ -139,6 +141,7 @@ def test_blends_do_not_read_what_the_step_blends(case: Case, stand_in: StandIn, 
 def test_one_that_fails_fails_alone(case: Case, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         reads_question = False
+        adapts = False
 
         def select(self, *args: Any) -> Selection:
             yield from ()

@@ -24,8 +24,9 @@ from .conftest import BLEND, CHUNKS, WIDE, Case, Engines, connectors, forget_pre
 from .servers import SERVE, serving
 
 POLICIES = ["hkvd", "query_aware"]
-ASKED = [(policy, ratio) for policy in POLICIES for ratio in (0.0, 0.15, 0.5, 1.0)]
+ASKED: list[tuple[str, Any]] = [(policy, ratio) for policy in POLICIES for ratio in (0.0, 0.15, 0.5, 1.0)]
 ASKED += [(policy, 0.15) for policy in ("hkvd_kv", "hybrid", "random")]
+ASKED += [(policy, "auto") for policy in ("hkvd", "query_aware", "hybrid")]
 NO_ANSWERS = {"choices", "stored", "prefetched", "with a loss"}
 
 

@@ -53,6 +53,8 @@ def embedded(directory: str, store: Path) -> Iterator[TransformersEngine]:
         {"policy": "hkvd_kv", "check_layers": (1, 2)},
         {"policy": "hybrid", "forced_tokens": 3},
         {},
+        {"recompute_ratio": "auto", "ratio_range": (0.1, 0.9)},
+        {"recompute_ratio": "auto", "policy": "hkvd", "check_layers": (0, 2), "ratio_range": (0.1, 0.9)},
     ],
     ids=str,
 )

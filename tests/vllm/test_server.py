@@ -179,6 +179,7 @@ def test_overrides_of_one_request(served: str, engine: ServerEngine) -> None:
 
 BAD = [
     {"recompute_ratio": 7},
+    {"recompute_ratio": "auto", "ratio_range": [0.1]},
     {"policy": "best"},
     {"check_layers": [30]},
     {"mode": "sometimes"},

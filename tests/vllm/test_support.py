@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -219,6 +220,7 @@ def test_supported_versions_are_silent(version: str, monkeypatch: pytest.MonkeyP
         {"blend": []},
         {"blend": {"ratio": 0.1}},
         {"blend": {"recompute_ratio": 2}},
+        {"blend": {"ratio_range": None}},
         {"on_unsupported": "crash"},
     ],
     ids=str,
@@ -229,8 +231,9 @@ def test_bad_connector_settings(bad: dict[str, Any]) -> None:
 
 
 def test_connector_settings_survive_json() -> None:
-    settings = ConnectorSettings.parse({"store": "kv", "primer": PRIMER, "blend": {"recompute_ratio": 0.3}})
-    assert ConnectorSettings.parse(settings.to_extra_config()) == settings
+    for blend in ({"recompute_ratio": 0.3}, {"recompute_ratio": "auto", "ratio_range": [0.1, 0.4]}):
+        settings = ConnectorSettings.parse({"store": "kv", "primer": PRIMER, "blend": blend})
+        assert ConnectorSettings.parse(json.loads(json.dumps(settings.to_extra_config()))) == settings
 
 
 @pytest.mark.parametrize(
@@ -239,6 +242,8 @@ def test_connector_settings_survive_json() -> None:
         "blend",
         {"recompute_ratio": 2},
         {"recompute_ratio": [1]},
+        {"recompute_ratio": "most"},
+        {"ratio_range": [0.5, 0.1]},
         {"policy": "best"},
         {"policy": {}},
         {"check_layers": 1},

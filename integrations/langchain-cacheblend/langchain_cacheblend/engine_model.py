@@ -155,7 +155,7 @@ class EngineModel(Serializable):
             **public,
             "model": self.model,
             "scope": self.engine.scope.digest,
-            "blend": plain(self.blend),
+            "blend": self.blend.to_dict(),
             "n": self.n,
             **{name: getattr(self, name) for name in SAMPLING if name not in _PATIENCE},
         }
@@ -172,7 +172,7 @@ class EngineModel(Serializable):
     @property
     def lc_attributes(self) -> dict[str, Any]:
         """The settings that rebuild the engine."""
-        return {**(self.engine_settings or {}), "blend": plain(self.blend)}
+        return {**(self.engine_settings or {}), "blend": self.blend.to_dict()}
 
     @property
     def lc_secrets(self) -> dict[str, str]:
@@ -243,11 +243,6 @@ def refuse_unknown(settings: Mapping[str, Any], known: list[str]) -> None:
 def override(blend: BlendConfig, change: BlendConfig | Mapping[str, Any] | None) -> BlendConfig:
     """Settings of the blend with some of them changed, or all."""
     return change if isinstance(change, BlendConfig) else blend.with_overrides(change)
-
-
-def plain(blend: BlendConfig) -> dict[str, Any]:
-    """Settings of the blend, for JSON."""
-    return {**dataclasses.asdict(blend), "check_layers": list(blend.check_layers)}
 
 
 def answer_info(engine: Engine, answer: Generation) -> dict[str, Any]:

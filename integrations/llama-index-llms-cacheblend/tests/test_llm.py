@@ -335,10 +335,11 @@ def test_serialised_as_its_settings(llm_from_settings: CacheBlendLLM, prompt: st
     assert data["class_name"] == "cacheblend_llm"
     assert data["max_tokens"] == LENGTH
     del data["chat_template"]  # the model's own has no tools
-    data["blend"]["recompute_ratio"] = 0.2
+    data["blend"] |= {"recompute_ratio": "auto", "ratio_range": [0.1, 0.3]}
     revived = CacheBlendLLM.from_dict(data)
     assert revived.engine is not llm_from_settings.engine
-    assert revived.blend == BlendConfig(recompute_ratio=0.2, mode="blend", min_reused_tokens=0)
+    blend = BlendConfig(recompute_ratio="auto", ratio_range=(0.1, 0.3), mode="blend", min_reused_tokens=0)
+    assert revived.blend == blend
     assert revived.metadata.is_chat_model
     assert not revived.metadata.is_function_calling_model
     assert revived.complete(prompt, blend=llm_from_settings.blend).text == answers[False]

@@ -42,7 +42,7 @@ from pydantic import (
 
 from llama_index.llms.cacheblend import messages as convert
 from llama_index.llms.cacheblend.engines import HoldsEngine, obtain_engine, override, refuse_unknown, split_settings
-from llama_index.llms.cacheblend.serializing import plain_blend, plain_settings
+from llama_index.llms.cacheblend.serializing import plain_settings
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -175,7 +175,7 @@ class CacheBlendLLM(HoldsEngine, FunctionCallingLLM):
         return {
             **handler(self),
             **plain_settings(self.engine.settings or {}),
-            "blend": plain_blend(self.blend),
+            "blend": self.blend.to_dict(),
             "class_name": self.class_name(),
         }
 

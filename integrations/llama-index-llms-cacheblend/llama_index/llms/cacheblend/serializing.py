@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from cacheblend_rag import BlendConfig
 from cacheblend_rag.redaction import is_secret, without_credentials
-
-
-def plain_blend(blend: BlendConfig) -> dict[str, Any]:
-    """The settings of a blend."""
-    return {**dataclasses.asdict(blend), "check_layers": list(blend.check_layers)}
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
