@@ -156,7 +156,9 @@ class Salts:
             config: The request's settings.
             first_block: The first block that holds a blended token.
         """
-        settings = repr((config.recompute_ratio, config.policy, config.check_layers, config.forced_tokens))
+        settings = repr(
+            (config.recompute_ratio, config.policy, config.check_layers, config.question_layers, config.forced_tokens)
+        )
         marks: Marks = ()
         since = first_block * self._block_size
         earlier = self._find(ids, plain, settings, segments, first_block)

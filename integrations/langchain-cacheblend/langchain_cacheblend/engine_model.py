@@ -247,7 +247,7 @@ def override(blend: BlendConfig, change: BlendConfig | Mapping[str, Any] | None)
 
 def plain(blend: BlendConfig) -> dict[str, Any]:
     """Settings of the blend, for JSON."""
-    return {**dataclasses.asdict(blend), "check_layers": list(blend.check_layers)}
+    return blend.to_dict()
 
 
 def answer_info(engine: Engine, answer: Generation) -> dict[str, Any]:

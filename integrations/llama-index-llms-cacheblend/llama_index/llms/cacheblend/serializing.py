@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from cacheblend_rag.redaction import is_secret, without_credentials
 
 def plain_blend(blend: BlendConfig) -> dict[str, Any]:
     """The settings of a blend."""
-    return {**dataclasses.asdict(blend), "check_layers": list(blend.check_layers)}
+    return blend.to_dict()
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
