@@ -210,4 +210,4 @@ def _render(engine: TransformersEngine, passages: list[str], question: str) -> s
 def _chance_of(wins: int, losses: int) -> float:
     """How often a fair coin would win at least so many of all that were won or lost."""
     decided = wins + losses
-    return sum(math.comb(decided, n) for n in range(wins, decided + 1)) / 2**decided
+    return sum(math.comb(decided, n) for n in range(wins, decided + 1)) / (1 << decided)

@@ -7,11 +7,12 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from cacheblend_rag.errors import ConfigError
 
 BUILT_IN = Path(__file__).with_name("profiling_questions.jsonl")
-"""Sixteen questions on twenty-four short passages about things that don't exist; half of them need two passages."""
+"""Sixteen questions on twenty-four short passages about things that don't exist; nine of them need two passages."""
 
 PASSAGES = 8
 """Passages of a prompt, where there are so many."""
@@ -66,11 +67,11 @@ def passages_of(questions: Sequence[ProfilingQuestion], number: int) -> list[str
 def _question(record: object, place: str) -> ProfilingQuestion:
     if isinstance(record, dict):
         text, answer, passages = (record.get(name) for name in ("question", "answer", "passages"))
-        is_sound = isinstance(passages, list) and passages and all(_is_text(one) for one in [text, answer, *passages])
-        if is_sound:
-            return ProfilingQuestion(text, answer, tuple(passages))
+        if _is_text(text) and _is_text(answer) and isinstance(passages, list) and passages:
+            if all(map(_is_text, passages)):
+                return ProfilingQuestion(text, answer, tuple(passages))
     raise ConfigError(f"{place}: there must be a question, an answer and a list of passages, all of them texts")
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip())

@@ -229,7 +229,8 @@ def test_bad_connector_settings(bad: dict[str, Any]) -> None:
 
 
 def test_connector_settings_survive_json() -> None:
-    settings = ConnectorSettings.parse({"store": "kv", "primer": PRIMER, "blend": {"recompute_ratio": 0.3}})
+    blend = {"recompute_ratio": 0.3, "question_layers": [1, 2]}
+    settings = ConnectorSettings.parse({"store": "kv", "primer": PRIMER, "blend": blend})
     assert ConnectorSettings.parse(settings.to_extra_config()) == settings
 
 
@@ -244,6 +245,9 @@ def test_connector_settings_survive_json() -> None:
         {"check_layers": 1},
         {"check_layers": [9]},
         {"check_layers": "1"},
+        {"question_layers": [1, 5]},
+        {"question_layers": [2, 1]},
+        {"question_layers": 2},
         {"mode": None},
         {"unknown": 1},
         {"warm": 1},
@@ -261,6 +265,13 @@ def test_connector_settings_survive_json() -> None:
 def test_bad_request_params(bad: Any) -> None:
     with pytest.raises(ConfigError):
         RequestParams.parse({"cacheblend": bad}, BlendConfig(), num_layers=4)
+
+
+def test_what_a_request_leaves_to_the_model_is_the_profiles() -> None:
+    defaults = BlendConfig(question_layers=(1, 3))
+    for ours, layers in (({}, (1, 3)), ({"question_layers": None}, (1, 3)), ({"question_layers": [0, 2]}, (0, 2))):
+        parsed = RequestParams.parse({"cacheblend": ours}, defaults, num_layers=4)
+        assert parsed.blend.question_layers == layers
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": False}, "text", {"cacheblend": None}], ids=str)
