@@ -67,9 +67,9 @@ def passages_of(questions: Sequence[ProfilingQuestion], number: int) -> list[str
 def _question(record: object, place: str) -> ProfilingQuestion:
     if isinstance(record, dict):
         text, answer, passages = (record.get(name) for name in ("question", "answer", "passages"))
-        if _is_text(text) and _is_text(answer) and isinstance(passages, list) and passages:
-            if all(map(_is_text, passages)):
-                return ProfilingQuestion(text, answer, tuple(passages))
+        are_texts = isinstance(passages, list) and len(passages) > 0 and all(map(_is_text, passages))
+        if _is_text(text) and _is_text(answer) and are_texts:
+            return ProfilingQuestion(text, answer, tuple(passages))
     raise ConfigError(f"{place}: there must be a question, an answer and a list of passages, all of them texts")
 
 
