@@ -1,4 +1,4 @@
-"""In which layers the question counts: as a call says, or the settings, or the model's profile; else in the last half."""
+"""In which layers the question counts: as a call says, the settings, or the model's profile; else in the last half."""
 
 from __future__ import annotations
 
