@@ -67,11 +67,14 @@ def passages_of(questions: Sequence[ProfilingQuestion], number: int) -> list[str
 def _question(record: object, place: str) -> ProfilingQuestion:
     if isinstance(record, dict):
         text, answer, passages = (record.get(name) for name in ("question", "answer", "passages"))
-        are_texts = isinstance(passages, list) and len(passages) > 0 and all(map(_is_text, passages))
-        if _is_text(text) and _is_text(answer) and are_texts:
+        if _is_text(text) and _is_text(answer) and _are_texts(passages):
             return ProfilingQuestion(text, answer, tuple(passages))
     raise ConfigError(f"{place}: there must be a question, an answer and a list of passages, all of them texts")
 
 
 def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))

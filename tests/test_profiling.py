@@ -71,7 +71,7 @@ def test_ranges_are_within_the_model(num_layers: int) -> None:
     assert ranges[0] == last_half(num_layers) == (num_layers // 2, num_layers)
     assert len(set(ranges)) == len(ranges)
     assert all(0 <= first < end <= num_layers for first, end in ranges)
-    assert len(ranges) == 12 or num_layers < 12
+    assert len(ranges) >= 10 or num_layers < 12  # some coincide
 
 
 def test_a_range_is_chosen_if_it_is_better_beyond_chance() -> None:

@@ -105,19 +105,21 @@ def test_blends_of_a_step_share_their_passes(case: Case, stand_in: StandIn) -> N
 
 
 def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> None:
-    """A policy with passes that are not packed, one that needs none, and a choice of everything."""
-    prompts = [case.prompt(seed) for seed in range(63, 67)]
+    """A policy whose passes are not packed, other layers to watch, one that needs no pass, and a choice of everything."""
+    prompts = [case.prompt(seed) for seed in range(63, 68)]
     blends: list[dict[str, Any]] = [
         {"policy": "hkvd"},
         {"policy": "query_aware"},
+        {"question_layers": [0, 1]},
         {"recompute_ratio": 0.0},
         {"recompute_ratio": 1.0},
     ]
     expected = [alone(case, [p], blend=b, **SETTINGS)[0] for p, b in zip(prompts, blends, strict=True)]
-    del stand_in.recomputed[:]
+    del stand_in.asked[:], stand_in.recomputed[:]
     answers = together(
         case.engine, [(prompt, {"blend": blend, **SETTINGS}) for prompt, blend in zip(prompts, blends, strict=True)]
     )
+    assert stand_in.asked == [2]
     assert max(stand_in.recomputed) >= 2
     assert_alike(answers, expected)
 
