@@ -105,7 +105,7 @@ def test_blends_of_a_step_share_their_passes(case: Case, stand_in: StandIn) -> N
 
 
 def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> None:
-    """A policy whose passes are not packed, other layers to watch, one that needs no pass, and a choice of everything."""
+    """A policy whose passes are not packed, other layers to watch, one without passes, and a choice of everything."""
     prompts = [case.prompt(seed) for seed in range(63, 68)]
     blends: list[dict[str, Any]] = [
         {"policy": "hkvd"},
