@@ -51,6 +51,7 @@ from cacheblend_rag import ChunkTooLongError, PromptTooLongError, load_engine
 from cacheblend_rag.diagnostics.quality_plot import plot_quality
 from cacheblend_rag.engines.transformers import Scores, TransformersEngine
 from cacheblend_rag.policies import get_policy, policy_names
+from cacheblend_rag.profiling import divergence
 from cacheblend_rag.store import open_store
 
 STORE_BYTES = 16 << 30
@@ -107,16 +108,6 @@ def compared_modes(policies: list[str], budgets: list[float | str], primer: str)
         modes.append(Mode(f"recompute 100%{suffix}", primer, "", 1.0))
     modes.append(Mode(BASELINE, "system", "hkvd", 0.15))
     return list(dict.fromkeys(modes))
-
-
-def divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL divergence of the softmax of logits from what was expected, in nats, summed over tokens.
-
-    Args:
-        expected: Log-probabilities, float64 ``[tokens, vocabulary]``.
-        logits: ``[tokens, vocabulary]``.
-    """
-    return float((expected.exp() * (expected - logits.double().log_softmax(-1))).sum())
 
 
 def agreement(expected: torch.Tensor, logits: torch.Tensor) -> int:

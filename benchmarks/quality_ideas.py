@@ -5,6 +5,8 @@ Each is a policy like the product's own, and may use any of its passes.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from cacheblend_rag.budget import Budget
@@ -13,7 +15,7 @@ from cacheblend_rag.layout import PromptLayout, in_order
 from cacheblend_rag.passes import QuestionAttention, Selection
 from cacheblend_rag.policies import SelectionPolicy, register_policy, top_positions
 from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
-from cacheblend_rag.policies.query_aware import find_question, watched_layers
+from cacheblend_rag.policies.query_aware import QueryAware, find_question, watched_layers
 
 _TAIL = 8
 
@@ -34,12 +36,9 @@ class Layers:
 
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
-        question = find_question(layout)
-        if question is None:
-            return (yield from HKVD().select(layout, budget, config, num_layers))
-        layers = range(round(self._first * num_layers), round(self._last * num_layers))
-        attention = yield QuestionAttention(layout.missed, question, layers)
-        return "layers", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
+        layers = (round(self._first * num_layers), round(self._last * num_layers))
+        config = dataclasses.replace(config, question_layers=layers)
+        return (yield from QueryAware().select(layout, budget, config, num_layers))
 
 
 class TwoLooks:
@@ -67,7 +66,7 @@ class TwoLooks:
         if self._deviations:
             found = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
             weights[layout.matched] = found.cpu().sqrt()
-        layers = watched_layers(num_layers)
+        layers = watched_layers(config, num_layers)
         attention = yield QuestionAttention(layout.missed, question, layers)
         scores = (attention.cpu() * weights)[layout.matched]
         first = top_positions(layout.matched, scores, budget.ceiling // 2)
@@ -91,7 +90,7 @@ class Tail:
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        attention = yield QuestionAttention(layout.missed, question[-_TAIL:], watched_layers(num_layers))
+        attention = yield QuestionAttention(layout.missed, question[-_TAIL:], watched_layers(config, num_layers))
         return "tail", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
 
 
@@ -114,7 +113,7 @@ class LateDeviations:
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         # The question first: deviations leave fresh KV behind.
-        attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
         found = yield from measure_deviations(layout, layout.matched, int(self._share * num_layers))
         scores = attention.cpu()[layout.matched] * found.cpu().sqrt()
         return "late_deviations", top_positions(layout.matched, scores, budget.ceiling)
@@ -146,7 +145,7 @@ class Sensitive:
             scores[segment.start : segment.end] = moved
         question = find_question(layout)
         if self.reads_question and question is not None:
-            attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+            attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
             scores[: len(attention)] *= attention.cpu()
         return "sensitive", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.validation import is_number, is_whole
+from cacheblend_rag.validation import is_layer_range, is_number, is_whole
 
 Mode = Literal["auto", "blend", "off"]
 
@@ -25,6 +25,9 @@ class BlendConfig:
         ratio_range: With ``"auto"``, the least and the greatest share, ``0 <= least <= greatest <= 1``.
         check_layers: Layers (0-based, ascending) at which fresh KV is compared with cached. At several, ``hkvd`` and
             ``hkvd_kv`` filter gradually (CacheBlend, section 4.3); ``hybrid`` takes the last.
+        question_layers: First layer and end (exclusive) of the layers where the question's attention counts, for
+            ``query_aware`` and ``hybrid``. None: what the model's profile says (see ``cacheblend_rag.model_profile``),
+            or the last half without one.
         policy: Name of the selection policy, see ``cacheblend_rag.policies``.
         forced_tokens: The first so many tokens of each run of a chunk are recomputed, whatever the policy chooses, as
             far as ``recompute_ratio`` pays for them.
@@ -38,6 +41,7 @@ class BlendConfig:
     recompute_ratio: float | Literal["auto"] = DEFAULT_RATIO
     ratio_range: tuple[float, float] = (0.05, 0.5)
     check_layers: tuple[int, ...] = (1,)
+    question_layers: tuple[int, int] | None = None
     policy: str = "query_aware"
     forced_tokens: int = 0
     min_reused_tokens: int = 512
@@ -59,6 +63,13 @@ class BlendConfig:
         if sorted(set(layers)) != list(layers):
             raise ConfigError(f"check_layers must be ascending without repeats, not {self.check_layers!r}")
         object.__setattr__(self, "check_layers", layers)
+        if self.question_layers is not None:
+            if not is_layer_range(self.question_layers):
+                raise ConfigError(
+                    "question_layers must be None, or the first layer and the end of a range, two whole numbers such "
+                    f"as (8, 16), not {self.question_layers!r}"
+                )
+            object.__setattr__(self, "question_layers", tuple(self.question_layers))
         for name in ("forced_tokens", "min_reused_tokens"):
             value = getattr(self, name)
             if not is_whole(value) or value < 0:
@@ -70,11 +81,32 @@ class BlendConfig:
 
         get_policy(self.policy)
 
+    def check_layer_numbers(self, num_layers: int) -> None:
+        """Check what can be checked once a model is known.
+
+        Args:
+            num_layers: Decoder layers of the model.
+
+        Raises:
+            ConfigError: a layer that the model doesn't have.
+        """
+        if self.check_layers[-1] >= num_layers:
+            raise ConfigError(f"check_layers {self.check_layers} must be below {num_layers}, the layers of this model")
+        if self.question_layers is not None and self.question_layers[1] > num_layers:
+            raise ConfigError(
+                f"question_layers {self.question_layers} must end at {num_layers}, the layers of this model, or before"
+            )
+
+    def or_question_layers(self, layers: tuple[int, int] | None) -> BlendConfig:
+        """This config, with a model's own ``question_layers`` where none are set."""
+        if self.question_layers is not None or layers is None:
+            return self
+        return dataclasses.replace(self, question_layers=layers)
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON; ``BlendConfig(**values)`` is the inverse."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        """As plain values, for JSON; :meth:`with_overrides` takes them."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def with_overrides(self, overrides: Mapping[str, Any] | None) -> BlendConfig:
         """This config with some fields replaced.

@@ -44,7 +44,7 @@ class QuestionAttention:
     Attributes:
         rows: What is run; the last of them are the question.
         question: Rows whose attention is recorded.
-        layers: Layers that count.
+        layers: Layers that count, at least one.
     """
 
     rows: torch.Tensor

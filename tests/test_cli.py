@@ -122,7 +122,15 @@ def test_version() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in (["ingest"], ["query"], ["store"], ["store", "ls"], ["store", "verify"], ["store", "rm"]):
+    for command in (
+        ["ingest"],
+        ["query"],
+        ["profile"],
+        ["store"],
+        ["store", "ls"],
+        ["store", "verify"],
+        ["store", "rm"],
+    ):
         assert "Usage" in done(*command, "--help")
 
 
@@ -146,6 +154,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
         ["query", "why", "--model", "m", "--store", "s", "--top-k", "0"],
         ["query", "why", "--model", "m", "--store", "s", "--ratio", "much"],
         ["query", "--model", "m", "--store", "s"],
+        ["profile", "m"],
+        ["profile", "m", "--store", "s", "--ratio", "1"],
+        ["profile", "m", "--store", "s", "--questions", "0"],
         ["query", "why", "--model", "m", "--store", "s", "--prompt-file", "f"],
         ["query", "why", "--model", "m", "--store", "s3://bucket/path"],
         ["store", "ls"],
@@ -318,6 +329,64 @@ def test_progress_is_shown_on_a_terminal(corpus: Path, options: list[str]) -> No
     assert json.loads(process.stdout.read())["files"] == 3
     assert process.wait(60) == 0
     assert b"loading" in shown and b".md, chunk " in shown
+
+
+# Profile
+
+
+QUESTIONS = [
+    {"question": "When was the bridge of Arvel finished?", "answer": "1342", "passages": [TOWNS["arvel"]]},
+    {"question": "Who is the mayor of Bessel?", "answer": "Dessa Pallimore", "passages": [TOWNS["bessel"]]},
+    {"question": "From what does Corvy live?", "answer": "salt", "passages": [TOWNS["corvy"]]},
+]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    return path
+
+
+def test_profile_measures_a_model(smollm2: str, store: Path, questions: Path) -> None:
+    arguments = ["profile", smollm2, "--store", store, "--data", questions, "--dtype", "float32"]
+    report = document(*arguments, "--questions", 1, "--ratio", 0.2)
+    assert json.loads(Path(report.pop("path")).read_text()) == report
+    assert report["question_layers"] == [15, 30]  # one question shows nothing beyond chance
+    measured = report["measured"]
+    assert (measured["questions"], measured["recompute_ratio"], measured["left_out"]) == (1, 0.2, [])
+    assert measured["candidates"][0]["layers"] == [15, 30]
+    assert 0 < min(row["kl"] for row in measured["candidates"]) < measured["full_reuse_kl"]
+    assert chunk_files(store) == []  # what was warmed for it is gone
+    with cacheblend_rag.load_engine(smollm2, store=store, dtype="float32") as engine:
+        assert engine.blend.question_layers == (15, 30)
+
+
+def test_profile_for_people(models: list[str], store: Path, questions: Path) -> None:
+    text = done("profile", models[0], "--store", store, "--data", questions)
+    assert "3 questions, 0.15 recomputed" in text and "last half" in text
+    (path,) = store.glob("profiles/*.json")
+    assert text.splitlines()[-2:] == [
+        f"question_layers of {models[0]}: 2 to 3 of 4 (none is better beyond chance)",
+        f"kept in {path}",
+    ]
+
+
+def test_profile_is_refused_in_one_line(
+    make_model: Callable[..., str], models: list[str], store: Path, tmp_path: Path, questions: Path
+) -> None:
+    assert "does not exist" in refused("profile", "./nowhere", "--store", store)
+    unsupported = make_model("gpt2", model_type="gpt2", n_layer=2, n_embd=64, n_head=4)
+    assert "\n" not in refused("profile", unsupported, "--store", store, "--data", questions)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.doc").touch()
+    assert "not a chunk store" in refused("profile", models[0], "--store", tmp_path / "other")
+    assert "No such file" in refused("profile", models[0], "--store", store, "--data", tmp_path / "nothing.jsonl")
+    questions.write_text("{}\n")
+    assert "line 1: there must be a question" in refused("profile", models[0], "--store", store, "--data", questions)
+    questions.write_text(json.dumps({**QUESTIONS[0], "passages": ["long " * 2000]}))
+    assert "no question could be measured" in refused("profile", models[0], "--store", store, "--data", questions)
+    assert list(store.glob("profiles/*")) == []
 
 
 # Query

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import cacheblend_rag
-from cacheblend_rag.cli import ingest, query, serve, store
+from cacheblend_rag.cli import ingest, profile, query, serve, store
 from cacheblend_rag.cli.console import print_error
 from cacheblend_rag.errors import CacheBlendError
 
@@ -47,6 +47,7 @@ app = typer.Typer(
 app.command("ingest")(ingest.ingest)
 app.command("query")(query.query)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
+app.command("profile")(profile.profile)
 app.add_typer(store.app, name="store")
 
 

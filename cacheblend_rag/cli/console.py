@@ -63,7 +63,10 @@ def ingest_progress() -> Iterator[Callable[[IngestProgress], None]]:
     """Show an ingestion's progress on stderr: a bar over the files, or a line now and then without a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _tell_now_and_then()
+        note = _note_now_and_then()
+        yield lambda at: note(
+            f"{at.files_done} of {at.files} files done, {at.file}: {at.chunks_done} of {at.chunks} chunks"
+        )
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -78,16 +81,30 @@ def ingest_progress() -> Iterator[Callable[[IngestProgress], None]]:
         yield show
 
 
-def _tell_now_and_then() -> Callable[[IngestProgress], None]:
+@contextlib.contextmanager
+def count_progress(noun: str) -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr how many of some things are done, likewise."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        note = _note_now_and_then()
+        yield lambda done, total: note(f"{done} of {plural(total, noun)} done")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"{noun}s", total=None)
+        yield lambda done, total: bar.update(task, total=total, completed=done)
+
+
+def _note_now_and_then() -> Callable[[str], None]:
     told = time.monotonic()
 
-    def tell(at: IngestProgress) -> None:
+    def note(text: str) -> None:
         nonlocal told
         if time.monotonic() - told >= _QUIET_SECONDS:
             told = time.monotonic()
-            print_note(f"{at.files_done} of {at.files} files done, {at.file}: {at.chunks_done} of {at.chunks} chunks")
+            print_note(text)
 
-    return tell
+    return note
 
 
 def readable_bytes(size: float) -> str:

@@ -68,7 +68,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 @contextlib.contextmanager
 def open_engine(
     model: str,
-    store: Path,
+    store: Path | None,
     *,
     engine: str,
     base_url: str | None,
@@ -81,7 +81,7 @@ def open_engine(
 ) -> Iterator[Engine]:
     """Load a model with a store, showing that it takes a while; closed at the end.
 
-    A server has a store of its own: only the catalogue of texts is kept in ``store`` then.
+    A server has a store of its own: only the catalogue of texts is kept in ``store`` then. None: a store in memory.
     """
     from cacheblend_rag import BlendConfig, load_engine
 
@@ -92,7 +92,7 @@ def open_engine(
         loaded = load_engine(
             model,
             engine=engine,
-            store=None if engine == "server" else str(store),
+            store=None if engine == "server" or store is None else str(store),
             blend=blend or (None if engine == "server" else BlendConfig()),
             base_url=base_url,
             dtype=dtype,

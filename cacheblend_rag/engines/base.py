@@ -57,6 +57,7 @@ class Engine(abc.ABC):
     scope: ChunkScope
     _prefetcher: Prefetcher
     _closed: bool = False
+    _question_layers: tuple[int, int] | None = None  # those of the model's profile
     _tool_format: ToolFormat | ConfigError | None = None
     _at_once: ClassVar[int] = 32  # answers that coroutines wait for at a time; more wait in turn
 
@@ -292,18 +293,13 @@ class Engine(abc.ABC):
     ) -> tuple[BlendConfig, SamplingParams]:
         self._check_open()
         config = blend if isinstance(blend, BlendConfig) else self.blend.with_overrides(blend)
-        self._check_layers(config)
+        config = config.or_question_layers(self._question_layers)
+        config.check_layer_numbers(self.num_layers)
         known = [field.name for field in dataclasses.fields(SamplingParams)]
         for name in sampling:
             if name not in known:
                 raise ConfigError(f"unknown sampling setting {name!r}: known are {', '.join(known)}")
         return config, SamplingParams(**sampling)
-
-    def _check_layers(self, config: BlendConfig) -> None:
-        if config.check_layers[-1] >= self.num_layers:
-            raise ConfigError(
-                f"check_layers {config.check_layers} must be below {self.num_layers}, the layers of this model"
-            )
 
     def _check_chunks(self, encoded: Sequence[Sequence[int] | TokenIds], room: int) -> None:
         for index, ids in enumerate(encoded):

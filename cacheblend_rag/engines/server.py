@@ -88,7 +88,7 @@ class ServerEngine(ConnectedEngine):
                 f"the server at {base_url} reads chunks of namespace {self.scope.namespace!r}, not {namespace!r}"
             )
         self.blend = blend or BlendConfig().with_overrides(description["blend"])
-        self._check_layers(self.blend)
+        self.blend.check_layer_numbers(self.num_layers)
 
     def warm(self, chunks: Sequence[str], *, progress: Progress | None = None) -> WarmReport:
         """See :meth:`Engine.warm`. The server prefills chunks in its own batches, beside the queries it serves."""

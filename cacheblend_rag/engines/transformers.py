@@ -25,6 +25,7 @@ from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import PromptReader
 from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
 from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import BlendStats, FinishReason, Generation, StreamPiece, WarmReport
@@ -81,20 +82,21 @@ class TransformersEngine(Engine):
     ) -> None:
         check_codec(codec)
         self.model_name = model
-        self.blend = blend
         self._lock = threading.Lock()
         self._model: LoadedModel | None = load_model(
             model, dtype=dtype, device=device, chat_template=chat_template, model_args=dict(engine_args)
         )
         self.context_window = self._loaded.context_window
         self.num_layers = self._loaded.kv_shape[0]
-        self._check_layers(blend)
+        blend.check_layer_numbers(self.num_layers)
         primer_ids = tokenize_prompt(self._loaded.tokenizer, DEFAULT_PRIMER if primer is None else primer)
         self._chunk_room = self._loaded.full_attention_tokens - len(primer_ids)
         if self._chunk_room < 1:
             raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
         fingerprint = dataclasses.replace(self._loaded.fingerprint, codec=codec)
         self.scope = ChunkScope(namespace, fingerprint, tuple(primer_ids.tolist()))
+        self._question_layers = read_question_layers(store, fingerprint.weights, self.num_layers)
+        self.blend = blend.or_question_layers(self._question_layers)
         self._library = ChunkLibrary(store, self.scope)
         self._prefetcher = Prefetcher(self._bring, batch=1)
         self._prompts: PromptReader | None = PromptReader(self._loaded, self._library)

@@ -70,7 +70,6 @@ class VllmEngine(ConnectedEngine):
         check_version()
         register()
         self.model_name = model
-        self.blend = blend
         self.counts: Counter[str] = Counter()
         tokenizer = engine_args.get("tokenizer") or model
         revision = engine_args.get("tokenizer_revision") or engine_args.get("revision")
@@ -97,7 +96,10 @@ class VllmEngine(ConnectedEngine):
             description = self._ask("describe", True)
             self.num_layers = description["num_layers"]
             self.scope = wire.parse_scope(description)
-            self._check_layers(blend)
+            # The connector's own defaults are ours but for these, which it has from the model's profile.
+            self._question_layers = BlendConfig().with_overrides(description["blend"]).question_layers
+            self.blend = blend.or_question_layers(self._question_layers)
+            self.blend.check_layer_numbers(self.num_layers)
         except BaseException:
             self.close()
             raise

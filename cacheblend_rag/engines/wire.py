@@ -18,8 +18,7 @@ from cacheblend_rag.vllm.settings import PARAMS_KEY
 
 def blend_params(config: BlendConfig, request_id: str) -> dict[str, Any]:
     """``kv_transfer_params`` of a request that generates, its stats to be found under a name."""
-    settings = {**dataclasses.asdict(config), "check_layers": list(config.check_layers)}
-    return {PARAMS_KEY: {**settings, "id": request_id}}
+    return {PARAMS_KEY: {**config.to_dict(), "id": request_id}}
 
 
 def action_params(action: str, value: Any = True) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Hybrid:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         # Deviations first: they leave fresh KV in the first layers, over which the question then reads the rest.
         deviations = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
-        attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
         matched = upload(layout.matched, attention.device)
         distances = deviations.sqrt()
         scores = attention[matched] * distances

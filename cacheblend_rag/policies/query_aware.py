@@ -1,8 +1,9 @@
 """Query-aware selection: recompute the tokens that the question looks at.
 
 The question's rows run through all layers over the reused KV. Where their attention goes, in the last half of the
-layers, is where wrong KV would show in the answer. At equal budget this closes more of the gap to full prefill than the
-deviation of early values does, and it needs no pass over all tokens.
+layers or in those that ``BlendConfig.question_layers`` names, is where wrong KV would show in the answer. At equal
+budget this closes more of the gap to full prefill than the deviation of early values does, and it needs no pass over
+all tokens.
 
 Source: this project.
 
@@ -48,7 +49,7 @@ class QueryAware:
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        attention = yield QuestionAttention(layout.missed, question, watched_layers(num_layers))
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
         matched = upload(layout.matched, attention.device)
         scores = attention[matched]
         return "query_aware", top_positions(matched, scores, budget.spend(scores, ATTENTION_LEFT))
@@ -60,6 +61,6 @@ def find_question(layout: PromptLayout) -> torch.Tensor | None:
     return question if len(question) >= MIN_QUESTION_TOKENS else None
 
 
-def watched_layers(num_layers: int) -> range:
-    """The layers where the question's attention counts: the last half."""
-    return range(num_layers // 2, num_layers)
+def watched_layers(config: BlendConfig, num_layers: int) -> range:
+    """The layers where the question's attention counts: the last half unless the config names them."""
+    return range(*(config.question_layers or (num_layers // 2, num_layers)))

@@ -60,6 +60,7 @@ class DiskStore:
             cacheblend-store.lock       marks the directory as a store
             manifest-<n>.sqlite         what is there; see Manifest
             chunks/ab/<key>.safetensors one chunk; see chunkfile
+            profiles/<weights>.json     what was measured of a model; see model_profile
             tmp/                        files being written
             quarantine/                 damaged files, out of the way; may be deleted
 

@@ -30,6 +30,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cacheblend_rag.chunks import ChunkScope
 from cacheblend_rag.errors import ConfigError, UnsupportedModelError
 from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
 from cacheblend_rag.vllm.messages import BlendJob, Refusal, StepJobs, WorkerReports
@@ -275,11 +276,14 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if len(primer_ids) + 2 > model_config.max_model_len:
             raise ConfigError(f"the primer has {len(primer_ids)} tokens, which leaves no room for chunks: shorten it")
         num_layers = model_config.get_num_layers(vllm_config.parallel_config)
-        if self._settings.blend.check_layers[-1] >= num_layers:
-            raise ConfigError(f"check_layers {self._settings.blend.check_layers} must be below {num_layers}")
+        self._settings.blend.check_layer_numbers(num_layers)
+        store = self._open_store()
+        # Once, and in one process: the workers get it with each request's settings.
+        layers = read_question_layers(store, fingerprint.weights, num_layers)
+        blend = self._settings.blend.or_question_layers(layers)
         return SchedulerHalf(
-            self._settings,
-            ChunkLibrary(self._open_store(), scope),
+            dataclasses.replace(self._settings, blend=blend),
+            ChunkLibrary(store, scope),
             bos_token=tokenizer.bos_token,
             special_ids=tokenizer("")["input_ids"],
             num_layers=num_layers,

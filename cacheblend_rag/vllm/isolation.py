@@ -157,7 +157,8 @@ class Salts:
             config: The request's settings.
             first_block: The first block that holds a blended token.
         """
-        settings = repr((ratios(config), config.policy, config.check_layers, config.forced_tokens))
+        chosen_by = (config.policy, config.check_layers, config.question_layers, config.forced_tokens)
+        settings = repr((ratios(config), *chosen_by))
         marks: Marks = ()
         since = first_block * self._block_size
         earlier = self._find(ids, plain, settings, segments, first_block)

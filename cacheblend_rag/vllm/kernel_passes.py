@@ -26,7 +26,6 @@ from cacheblend_rag.attention.paged import PagedRows, attend_rows, tile_rows
 from cacheblend_rag.attention.prefix import BUCKET, Buckets, attend_buckets
 from cacheblend_rag.attention.watching import watch_rows
 from cacheblend_rag.layout import upload
-from cacheblend_rag.policies.query_aware import watched_layers
 from cacheblend_rag.vllm.compat import fast_operators, flash_attention_3
 from cacheblend_rag.vllm.forward import PromptRows, is_scattered, measure_deviations
 from cacheblend_rag.vllm.model import PagedModel
@@ -65,14 +64,12 @@ class KernelPasses:
         most_rows: Most rows of a pass, those of each prompt rounded up to :meth:`unit`.
         most_watched: Most rows of :meth:`question_attention`, those of each prompt rounded up to :attr:`tile`.
         tile: See :func:`tile_rows`.
-        watched: Its layers.
     """
 
     def __init__(self, model: PagedModel, *, graphs: bool, gpu_bytes: int) -> None:
         self.stream = LayerStream(model, gpu_bytes)
         self.most_rows = -(-model.max_rows // BUCKET) * BUCKET
         self.most_watched = min(_MOST_WATCHED, self.most_rows)
-        self.watched = watched_layers(len(model.layers))
         self._model = model
         kv, device = model.kv, model.kv.device
         self._heads: int = model.layers[0].num_heads
@@ -88,7 +85,8 @@ class KernelPasses:
         self._slots = torch.zeros(most, dtype=torch.int64, device=device)
         self._tile_sequence = torch.zeros(most // self.tile, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(prompts, -(-tokens // kv.block_size), dtype=torch.int32, device=device)
-        self._weights = torch.zeros(self.most_watched, dtype=torch.float32, device=device)
+        # Of each row in each layer: which layers count is data, so that one graph serves any.
+        self._weights = torch.zeros(len(model.layers), self.most_watched, dtype=torch.float32, device=device)
         self._mass = torch.zeros(prompts, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
         self._sizes = _sizes(min(_MOST_CAPTURED, self.most_rows), self.tile) if graphs else []
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -106,30 +104,34 @@ class KernelPasses:
         """Whether rows (on the CPU or the device) are recomputed here rather than on the simple path."""
         return len(rows) > 0 and (len(rows) <= self.most_watched or is_scattered(rows))
 
-    def takes_question(self, rows: torch.Tensor, layers: range) -> bool:
-        """Whether :meth:`question_attention` is for these rows and layers."""
-        return 0 < len(rows) <= self.most_watched and layers == self.watched
+    def takes_question(self, rows: torch.Tensor) -> bool:
+        """Whether :meth:`question_attention` is for these rows."""
+        return 0 < len(rows) <= self.most_watched
 
     def recompute(self, prompts: Sequence[PromptRows]) -> None:
         """Run rows through all layers, for the KV they leave."""
         self._run(prompts, watching=False)
 
-    def question_attention(self, prompts: Sequence[PromptRows], question_starts: Sequence[int]) -> list[torch.Tensor]:
+    def question_attention(
+        self, prompts: Sequence[PromptRows], question_starts: Sequence[int], layers: Sequence[range]
+    ) -> list[torch.Tensor]:
         """Run rows through all layers; returns the attention that those of the questions pay to each token.
 
         For each prompt float32 ``[prompt tokens]``: summed over its rows from the start of its question on, mean over
-        the layers ``watched`` and this rank's heads.
+        its layers that count and this rank's heads.
         """
         self._mass[: len(prompts)].zero_()
         self._weights.zero_()
         first = 0
-        for prompt, start in zip(prompts, question_starts, strict=True):
+        for prompt, start, counting in zip(prompts, question_starts, layers, strict=True):
             count = len(prompt.rows)
-            self._weights[first : first + count].copy_(prompt.rows >= start)
+            self._weights[counting.start : counting.stop, first : first + count].copy_(prompt.rows >= start)
             first += _round_up(count, self.tile)
         self._run(prompts, watching=True)
-        share = self._heads * len(self.watched)
-        return [self._mass[n, :, : len(p.token_ids)].sum(dim=0).div_(share) for n, p in enumerate(prompts)]
+        return [
+            self._mass[n, :, : len(prompt.token_ids)].sum(dim=0).div_(self._heads * len(counting))
+            for n, (prompt, counting) in enumerate(zip(prompts, layers, strict=True))
+        ]
 
     def deviations(self, prompt: PromptRows, layer: int, keys: bool) -> torch.Tensor:
         """Run rows up to the values of a layer, and keep their KV; see :class:`cacheblend_rag.passes.Deviations`."""
@@ -238,8 +240,7 @@ class KernelPasses:
         if number == stop and before_stop is not None:
             before_stop(key, value)
         kv.write(number, key, value, self._slots[:count])
-        watched = watching and number in self.watched
-        if number == stop and not watched:
+        if number == stop and not watching:
             raise _Stop
         keys, values = self._views[number]
         scale: float = layer.impl.scale
@@ -248,13 +249,13 @@ class KernelPasses:
             return attend_buckets(self._flash_attention, query, keys, values, buckets, scale).view(count, -1)
         programs = count // self.tile * kv.num_kv_heads
         splits = 1 << max(1, min(_MOST_SPLITS, _PROGRAMS // programs)).bit_length() - 1  # each is compiled for
-        lse = torch.empty(count, self._heads, dtype=torch.float32, device=query.device) if watched else None
+        lse = torch.empty(count, self._heads, dtype=torch.float32, device=query.device) if watching else None
         key_scale, value_scale = kv.scales[number]
         out = attend_rows(
             query, keys, values, rows, scale, splits=splits, lse=lse, key_scale=key_scale, value_scale=value_scale
         )
         if lse is not None:
-            watch_rows(query, keys, rows, lse, self._weights[:count], scale, self._mass, key_scale=key_scale)
+            watch_rows(query, keys, rows, lse, self._weights[number, :count], scale, self._mass, key_scale=key_scale)
         if number == stop:
             raise _Stop
         return out.view(count, -1)

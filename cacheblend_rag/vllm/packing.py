@@ -67,7 +67,7 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
     passes = model.kernel_passes
     for number, (forward, one) in enumerate(zip(forwards, wanted, strict=True)):
         match one:
-            case QuestionAttention() if passes is not None and passes.takes_question(one.rows, one.layers):
+            case QuestionAttention() if passes is not None and passes.takes_question(one.rows):
                 questions += [(number, rows) for rows in forward.slices(one.rows)]
             case Recompute() if passes is not None and passes.takes(one.rows[:-1]):
                 scattered += [(number, rows) for rows in forward.slices(one.rows[:-1])]
@@ -88,13 +88,15 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
             found.update((number, error) for number, _ in packed)
     for pack in packs([len(rows.rows) for _, rows in questions], passes.tile, passes.most_watched):
         packed = questions[pack]
-        asked = [one.question for one in (wanted[number] for number, _ in packed) if isinstance(one, QuestionAttention)]
+        asking = [one for one in (wanted[number] for number, _ in packed) if isinstance(one, QuestionAttention)]
         try:
-            attention = passes.question_attention([rows for _, rows in packed], [int(one[0]) for one in asked])
-            for (number, _), question, mass in zip(packed, asked, attention, strict=True):
+            attention = passes.question_attention(
+                [rows for _, rows in packed], [int(one.question[0]) for one in asking], [one.layers for one in asking]
+            )
+            for (number, _), asked, mass in zip(packed, asking, attention, strict=True):
                 forwards[number].extend_exact(wanted[number].rows)
                 # The mean over all ranks' heads: all have to choose the same tokens.
-                found[number] = model.tp.all_reduce(mass).div_(model.tp.world_size * len(question))
+                found[number] = model.tp.all_reduce(mass).div_(model.tp.world_size * len(asked.question))
         except Exception as error:
             found.update((number, error) for number, _ in packed)
     return [found[number] for number in range(len(wanted))]

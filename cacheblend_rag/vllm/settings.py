@@ -114,8 +114,9 @@ class RequestParams:
 
         Args:
             params: ``kv_transfer_params`` as it came in, or None.
-            defaults: Settings that the request overrides.
-            num_layers: Layers of the model: check layers must be below.
+            defaults: Settings that the request overrides. Its ``question_layers`` stand where a request leaves them to
+                the model, with null.
+            num_layers: Layers of the model, which has to have those that are named.
 
         Raises:
             ConfigError: an unknown or a bad setting.
@@ -155,8 +156,8 @@ class RequestParams:
             blend = defaults.with_overrides(settings)
         except TypeError as error:  # a list where a number is wanted, and the like
             raise ConfigError(f"bad blend settings {settings!r}: {error}") from error
-        if blend.check_layers[-1] >= num_layers:
-            raise ConfigError(f"check_layers {blend.check_layers} must be below {num_layers}, the layers of this model")
+        blend = blend.or_question_layers(defaults.question_layers)
+        blend.check_layer_numbers(num_layers)
         return cls(asked[0] if asked else "generate", blend, request_id, keys, cursor or 0)
 
 

@@ -416,6 +416,8 @@ def test_bad_settings_say_what_and_what_to_do(engine: TransformersEngine, smollm
         ("unknown blend setting", lambda: engine.generate(prompt, blend={"ratio": 0.1})),
         ("unknown sampling setting", lambda: engine.generate(prompt, max_new_tokens=3)),
         ("check_layers", lambda: engine.generate(prompt, blend={"check_layers": (99,)})),
+        ("question_layers", lambda: engine.generate(prompt, blend={"question_layers": (1, 99)})),
+        ("question_layers", lambda: open_engine(smollm2, blend=BlendConfig(question_layers=(1, 99)))),
         ("mode must be", lambda: engine.generate(prompt, blend={"mode": "on"})),
         ("temperature", lambda: engine.generate(prompt, temperature=-1.0)),
         ("top_p", lambda: engine.generate(prompt, top_p=0.0)),

@@ -145,6 +145,15 @@ def test_query_aware_takes_what_the_question_looks_at() -> None:
     assert watched.layers == range(3, 6)
 
 
+@pytest.mark.parametrize("policy", ["query_aware", "hybrid"])
+def test_the_question_is_watched_where_the_settings_say(policy: str) -> None:
+    layout = make_layout([(3, 20), (2, 20)])
+    for settings, layers in (({}, range(3, 6)), ({"question_layers": (1, 5)}, range(1, 5))):
+        forward = FakeForward(layout)
+        choose(forward, layout, policy=policy, **settings)
+        assert [one.layers for one in forward.passes if isinstance(one, QuestionAttention)] == [layers]
+
+
 def test_hybrid_takes_what_is_both_looked_at_and_wrong() -> None:
     layout = make_layout([(3, 20), (2, 20)])
     attention, deviations = torch.full((2, layout.length), 1e-3)

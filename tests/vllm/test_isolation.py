@@ -96,6 +96,7 @@ def test_only_policies_that_read_the_question_keep_questions_apart(case: Case) -
         {"policy": "hkvd", "check_layers": [2]},
         {"forced_tokens": 2},
         {"recompute_ratio": "auto"},
+        {"question_layers": [0, 1]},
         {"mode": "off"},
     ],
     ids=str,

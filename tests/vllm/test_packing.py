@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from cacheblend_rag import policies
 from cacheblend_rag.passes import Selection
-from cacheblend_rag.policies.query_aware import watched_layers
 from cacheblend_rag.vllm.forward import PagedForward, PromptRows, is_scattered, run_rows
 from cacheblend_rag.vllm.model import PagedModel
 from cacheblend_rag.vllm.packing import MOST_PROMPTS, packs
@@ -33,7 +32,6 @@ class StandIn:
     def __init__(self, model: PagedModel, most_rows: int) -> None:
         self.most_rows = self.most_watched = most_rows
         self.tile = 16
-        self.watched = watched_layers(len(model.layers))
         self.recomputed: list[int] = []
         self.asked: list[int] = []
         self.fails = False
@@ -52,7 +50,7 @@ class StandIn:
     def takes(self, rows: torch.Tensor) -> bool:
         return is_scattered(rows)
 
-    def takes_question(self, rows: torch.Tensor, layers: range) -> bool:
+    def takes_question(self, rows: torch.Tensor) -> bool:
         return len(rows) <= self.most_watched
 
     def recompute(self, prompts: Sequence[PromptRows]) -> None:
@@ -62,13 +60,15 @@ class StandIn:
         for prompt in prompts:
             run_rows(self._model, prompt.token_ids[prompt.rows], prompt.rows, prompt.rows, prompt.block_ids)
 
-    def question_attention(self, prompts: Sequence[PromptRows], starts: Sequence[int]) -> list[torch.Tensor]:
+    def question_attention(
+        self, prompts: Sequence[PromptRows], starts: Sequence[int], layers: Sequence[range]
+    ) -> list[torch.Tensor]:
         self.asked.append(len(prompts))
         found = []
-        for prompt, start in zip(prompts, starts, strict=True):
+        for prompt, start, counting in zip(prompts, starts, layers, strict=True):
             forward = PagedForward(self._model, prompt.token_ids, prompt.block_ids.tolist(), 0)
             question = prompt.rows[prompt.rows >= start]
-            found.append(forward.question_attention(prompt.rows, question, self.watched) * len(question))
+            found.append(forward.question_attention(prompt.rows, question, counting) * len(question))
         return found
 
 
@@ -105,21 +105,23 @@ def test_blends_of_a_step_share_their_passes(case: Case, stand_in: StandIn) -> N
 
 
 def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> None:
-    """A policy with passes that are not packed, numbers that the scores decide, nothing, and everything."""
-    prompts = [case.prompt(seed) for seed in range(63, 69)]
+    """Passes that are not packed, other layers to watch, numbers that the scores decide, nothing, and everything."""
+    prompts = [case.prompt(seed) for seed in range(63, 70)]
     blends: list[dict[str, Any]] = [
         {"policy": "hkvd"},
         {"policy": "query_aware"},
+        {"question_layers": [0, 1]},
         {"policy": "hkvd", "recompute_ratio": "auto"},
         {"policy": "query_aware", "recompute_ratio": "auto"},
         {"recompute_ratio": 0.0},
         {"recompute_ratio": 1.0},
     ]
     expected = [alone(case, [p], blend=b, **SETTINGS)[0] for p, b in zip(prompts, blends, strict=True)]
-    del stand_in.recomputed[:]
+    del stand_in.asked[:], stand_in.recomputed[:]
     answers = together(
         case.engine, [(prompt, {"blend": blend, **SETTINGS}) for prompt, blend in zip(prompts, blends, strict=True)]
     )
+    assert stand_in.asked == [2]
     assert max(stand_in.recomputed) >= 2
     assert_alike(answers, expected)
 

@@ -1,7 +1,8 @@
-"""The policies choose on vLLM what they choose in the embedded engine."""
+"""The policies choose on vLLM what they choose in the embedded engine. Both find the same profile."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from cacheblend_rag.engines.fingerprint import _digest_weights
 from cacheblend_rag.engines.transformers import TransformersEngine
+from cacheblend_rag.model_profile import ModelProfile, write_profile
 from cacheblend_rag.store import open_store
 
 from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes
+
+PROFILED = (1, 3)  # neither end is that of the last half
 
 
 @pytest.fixture(scope="module", params=["llama3-scaled", "qwen3", "moe"])
@@ -22,7 +27,11 @@ def directory(request: pytest.FixtureRequest, make_model: Callable[..., str]) ->
 
 @pytest.fixture(scope="module")
 def store(directory: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared") / "store"
+    directory_of_store = tmp_path_factory.mktemp("shared") / "store"
+    weights = _digest_weights(Path(directory))
+    with contextlib.closing(open_store(directory_of_store)) as opened:
+        write_profile(opened, ModelProfile(directory, weights, 4, PROFILED, {}))
+    return directory_of_store
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,7 @@ def embedded(directory: str, store: Path) -> Iterator[TransformersEngine]:
         {"policy": "hkvd", "check_layers": (0, 2)},
         {"policy": "hkvd_kv", "check_layers": (1, 2)},
         {"policy": "hybrid", "forced_tokens": 3},
+        {"question_layers": (2, 4)},
         {},
         {"recompute_ratio": "auto", "ratio_range": (0.1, 0.9)},
         {"recompute_ratio": "auto", "policy": "hkvd", "check_layers": (0, 2), "ratio_range": (0.1, 0.9)},
@@ -70,6 +80,7 @@ def test_both_engines_choose_alike(
 ) -> None:
     engine = engines.get(directory, store)
     assert engine.scope == embedded.scope
+    assert engine.blend.question_layers == embedded.blend.question_layers == PROFILED
     assert engine.warm(CHUNKS).already_there == len(CHUNKS)  # one store, one fingerprint
     forget_prefixes(engine)
     for seed in range(3):

@@ -231,7 +231,10 @@ def test_bad_connector_settings(bad: dict[str, Any]) -> None:
 
 
 def test_connector_settings_survive_json() -> None:
-    for blend in ({"recompute_ratio": 0.3}, {"recompute_ratio": "auto", "ratio_range": [0.1, 0.4]}):
+    for blend in (
+        {"recompute_ratio": 0.3, "question_layers": [1, 2]},
+        {"recompute_ratio": "auto", "ratio_range": [0.1, 0.4]},
+    ):
         settings = ConnectorSettings.parse({"store": "kv", "primer": PRIMER, "blend": blend})
         assert ConnectorSettings.parse(json.loads(json.dumps(settings.to_extra_config()))) == settings
 
@@ -249,6 +252,9 @@ def test_connector_settings_survive_json() -> None:
         {"check_layers": 1},
         {"check_layers": [9]},
         {"check_layers": "1"},
+        {"question_layers": [1, 5]},
+        {"question_layers": [2, 1]},
+        {"question_layers": 2},
         {"mode": None},
         {"unknown": 1},
         {"warm": 1},
@@ -266,6 +272,13 @@ def test_connector_settings_survive_json() -> None:
 def test_bad_request_params(bad: Any) -> None:
     with pytest.raises(ConfigError):
         RequestParams.parse({"cacheblend": bad}, BlendConfig(), num_layers=4)
+
+
+def test_what_a_request_leaves_to_the_model_is_the_profiles() -> None:
+    defaults = BlendConfig(question_layers=(1, 3))
+    for ours, layers in (({}, (1, 3)), ({"question_layers": None}, (1, 3)), ({"question_layers": [0, 2]}, (0, 2))):
+        parsed = RequestParams.parse({"cacheblend": ours}, defaults, num_layers=4)
+        assert parsed.blend.question_layers == layers
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": False}, "text", {"cacheblend": None}], ids=str)
