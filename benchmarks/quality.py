@@ -39,7 +39,7 @@ from answer_metrics import METRICS, answer_metrics
 from common import command, machine, rag_messages, system_prefix
 from quality_data import Question, read_corpus, read_questions
 from quality_ideas import POLICIES as IDEAS
-from quality_ideas import SENSITIVITY
+from quality_ideas import SENSITIVITY, register
 from quality_neighbours import best_last, sensitivity, warm_behind_neighbours
 from quality_offsets import add_offsets, find_offsets
 from quality_report import AUTO, BASELINE, FULL_PREFILL, FULL_REUSE, Record, panels, read_records, report
@@ -334,6 +334,7 @@ def _budgets(text: str) -> list[float | str]:
 
 def main() -> int:
     """Command line."""
+    register()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="directory or hub id")

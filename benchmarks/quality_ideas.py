@@ -13,7 +13,7 @@ from cacheblend_rag.budget import Budget
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout, in_order
 from cacheblend_rag.passes import QuestionAttention, Selection
-from cacheblend_rag.policies import SelectionPolicy, register_policy, top_positions
+from cacheblend_rag.policies import SelectionPolicy, policy_names, register_policy, top_positions
 from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
 from cacheblend_rag.policies.query_aware import QueryAware, find_question, watched_layers
 
@@ -168,5 +168,9 @@ POLICIES: dict[str, SelectionPolicy] = {
 }
 """By name."""
 
-for _name, _policy in POLICIES.items():
-    register_policy(_name, _policy)
+
+def register() -> None:
+    """Make them known, once."""
+    for name, policy in POLICIES.items():
+        if name not in policy_names():
+            register_policy(name, policy)

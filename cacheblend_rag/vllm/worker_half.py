@@ -358,15 +358,18 @@ class WorkerHalf:
     def _save(self, job: SaveJob, scope: ChunkScope) -> int:
         tokens = np.zeros(job.start + len(job.token_ids), np.int64)  # only how many there are counts for reading
         forward = PagedForward(self._model, torch.from_numpy(tokens), job.block_ids, 0)
-        kv = self._model.gather_heads(forward.read(job.start, len(tokens)))
-        if not self._model.is_first_rank:
-            return 0
-        encoded, scales = encode(kv, scope.fingerprint.codec)
+        encoded, scales = encode(
+            self._model.gather_heads(forward.read(job.start, len(tokens))), scope.fingerprint.codec
+        )
         chunk = ChunkKV(
             scope.key(job.token_ids), scope, job.token_ids, job.start, encoded.cpu().contiguous(),
             None if scales is None else scales.cpu(),
         )  # fmt: skip
-        written = self._store.put(chunk)
+        written = 0
+        if self._model.is_first_rank:
+            written = self._store.put(chunk)
+        elif isinstance(self._store, TieredStore):  # or its first prompt would read it from disk, within a step
+            self._store.memory.put(self._model.own_heads(chunk))
         kept = self._store.memory.get(chunk.key) if isinstance(self._store, TieredStore) else None
         if kept is not None:
             self._brought[chunk.key] = kept.nbytes
