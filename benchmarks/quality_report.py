@@ -87,7 +87,7 @@ def report(runs: list[Record], questions: list[Record]) -> Record:
     modes = {mode["mode"]: mode for run in runs for mode in run["modes"]}
     datasets = dict.fromkeys(record["dataset"] for record in questions)
     return {
-        "runs": runs,
+        "runs": [{name: value for name, value in run.items() if name != "modes"} for run in runs],
         "datasets": [
             _of_dataset(dataset, modes, [record for record in questions if record["dataset"] == dataset])
             for dataset in datasets
