@@ -42,7 +42,7 @@ def rotate_keys(keys: torch.Tensor, table: RotaryTable, out: torch.Tensor) -> No
     """Rotate keys in float32: bfloat16 angles or products cost accuracy that grows with the position.
 
     Args:
-        keys: ``[tokens, kv_heads, head_dim]``. The first ``rotary_dim`` of the last dimension are rotated, as two
+        keys: ``[..., tokens, kv_heads, head_dim]``. The first ``rotary_dim`` of the last dimension are rotated, as two
             halves (GPT-NeoX style: dimension ``i`` pairs with ``i + rotary_dim / 2``); the rest is copied.
         table: The rotation of each token.
         out: Like ``keys``, written; must not share memory with them.

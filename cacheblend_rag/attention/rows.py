@@ -16,6 +16,8 @@ import torch.nn.functional as F
 # Small enough that a block's keys end soon after its rows do (nothing is computed for keys that no row sees),
 # large enough for efficient matrix products.
 BLOCK_ROWS = 192
+# On a GPU, launching a block takes longer than the keys that no row sees.
+_GPU_BLOCK_ROWS = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,9 @@ class RowAttention:
             window = None
         self._whole = rows == self.last_position + 1 and window is None
         self._blocks: list[_Block] = []
-        for first in range(0, 0 if self._whole else rows, BLOCK_ROWS):
-            last = min(first + BLOCK_ROWS, rows)
+        most = BLOCK_ROWS if positions.device.type == "cpu" else _GPU_BLOCK_ROWS
+        for first in range(0, 0 if self._whole else rows, most):
+            last = min(first + most, rows)
             keys = int(positions[last - 1]) + 1
             mask = None
             if last - first > 1 or window is not None:
@@ -73,6 +76,10 @@ class RowAttention:
             tokens = self.last_position + 1
             key, value = key[:, :, :tokens], value[:, :, :tokens]
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        if grouped and key.device.type != "cpu" and any(block.mask is not None for block in self._blocks):
+            # Of torch's GPU kernels, those that take a mask know no groups: it would make whole matrices of logits.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            grouped = False
         out = torch.empty_like(query)
         for block in self._blocks:
             out[:, :, block.first : block.last] = F.scaled_dot_product_attention(

@@ -61,14 +61,17 @@ class PromptForward:
         target = self._kv[:, :, start : start + length]
         old_start = chunk.start + offset
         shift = shift_table(self._rotary(old_start, length), self._rotary(start, length))
-        for layer in range(self.num_layers):  # one at a time: the float32 copies stay in the CPU's cache
-            scales = None if chunk.scales is None else chunk.scales[layer].to(target.device)
-            source = chunk.kv[layer, :, offset : offset + length].to(target.device)
-            keys, target[layer, 1] = decode(source, scales, target.dtype)
+        # On a CPU one layer at a time: the float32 copies stay in its cache. On a GPU it is launches that take time.
+        at_once = 1 if target.device.type == "cpu" else self.num_layers
+        for first in range(0, self.num_layers, at_once):
+            layers = slice(first, first + at_once)
+            scales = None if chunk.scales is None else chunk.scales[layers].to(target.device)
+            source = chunk.kv[layers, :, offset : offset + length].to(target.device)
+            keys, target[layers, 1] = decode(source, scales, target.dtype).unbind(1)
             if old_start == start:
-                target[layer, 0] = keys
+                target[layers, 0] = keys
             else:
-                rotate_keys(keys, shift, out=target[layer, 0])
+                rotate_keys(keys, shift, out=target[layers, 0])
 
     def deviations(self, rows: torch.Tensor, layer: int, keys: bool = False) -> torch.Tensor:
         """See :meth:`blending.BlendForward.deviations`."""

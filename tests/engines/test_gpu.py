@@ -61,3 +61,21 @@ def test_i7_same_prompt_same_tokens(gpu_case: Case, policy: str) -> None:
     answers = [gpu_case.engine.generate(prompt, max_tokens=8, blend=blend) for _ in range(3)]
     assert answers[0].stats.decision == "blend"
     assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
+
+
+def test_the_gpu_reuses_what_the_cpu_reuses(random_models: dict[str, str]) -> None:
+    """Chunks are placed otherwise there: all layers at once. Grouped heads, many rows with gaps between them."""
+    chunks = [random_text(seed, 440 + 10 * seed) for seed in range(4)]
+    prompt = "Some text before them.\n\n" + "\n\n".join(chunks) + "\n\nWhat is that about, in a few words?"
+    logits = []
+    for device in ("cpu", "cuda"):
+        with open_engine(random_models["qwen2"], device=device) as engine:
+            engine.warm(chunks)
+            of_ratios = []
+            for ratio in (0.0, 0.6):
+                blend = {"mode": "blend", "policy": "random", "recompute_ratio": ratio}
+                scores = engine.score(prompt, ["so"], blend=blend)
+                assert (scores.stats.decision, scores.stats.faults) == ("blend", 0)
+                of_ratios.append(scores.logits[0].cpu())
+            logits.append(torch.cat(of_ratios))
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-3
