@@ -18,7 +18,7 @@ from answer_metrics import METRICS
 
 from cacheblend_rag.diagnostics.quality_plot import QualityPanel, QualityPoint
 
-FULL_PREFILL, FULL_REUSE, BASELINE = "full prefill", "full reuse", "hkvd 15%"
+FULL_PREFILL, IN_PIECES, FULL_REUSE, BASELINE = "full prefill", "full prefill in pieces", "full reuse", "hkvd 15%"
 AUTO = "auto"  # a budget
 
 Record = dict[str, Any]

@@ -135,6 +135,7 @@ def test_a_run_and_its_merge(
     rows = rows_of(paths["a.json"])
     assert list(rows) == [
         "full prefill",
+        "full prefill in pieces",
         "full reuse",
         "query_aware 50%",
         "query_aware auto",
@@ -143,6 +144,7 @@ def test_a_run_and_its_merge(
     ]
     assert 0.04 < rows["query_aware auto"]["mean_budget"] <= rows["query_aware 50%"]["mean_budget"] <= 0.5
     assert "query_aware auto against a fixed ratio of 0." in shown.out
+    assert 0 < rows["full prefill in pieces"]["kl_per_token"]["mean"] < 1e-7  # in float32
     assert rows["full reuse"]["closure"]["value"] == 0
     assert rows["full reuse"]["kl_per_token"]["mean"] > 1e-3
     assert 0 < rows["query_aware 50%"]["closure"]["value"] < 1
