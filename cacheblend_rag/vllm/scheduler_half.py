@@ -14,14 +14,14 @@ import dataclasses
 import logging
 import struct
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import cacheblend_rag
-from cacheblend_rag.budget import Budget, ratios
+from cacheblend_rag.budget import Budget
 from cacheblend_rag.chunks import TokenIds
 from cacheblend_rag.decision import decide
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
@@ -29,7 +29,6 @@ from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.stats import BlendStats
-from cacheblend_rag.vllm.costs import DiskCosts
 from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs, close_box, open_box
 from cacheblend_rag.vllm.metrics import BlendMetrics
@@ -129,8 +128,6 @@ class SchedulerHalf:
         self._engine_id = engine_id
         self._box = open_box(engine_id)
         self._memory = MemoryTier(settings.memory_bytes)
-        self._costs = DiskCosts()
-        self._reading: deque[DiskWait] = deque(maxlen=_REMEMBERED)  # what nobody waits for
         self._block_pool: Any = None
         self._salts = Salts(library.scope, block_size)
         self._plans: dict[str, _Plan] = {}
@@ -238,11 +235,9 @@ class SchedulerHalf:
         while self._box.brought:
             key, nbytes = self._box.brought.popitem()
             self._memory.add(key, nbytes)
-            for wait in (*self._reading, *(plan.wait for plan in self._plans.values() if plan.wait is not None)):
-                wait.brought(key)
-        for wait in [wait for wait in self._reading if wait.is_over]:
-            self._reading.remove(wait)
-            self._costs.note_read(wait.tokens, wait.seconds)
+            for plan in self._plans.values():
+                if plan.wait is not None:
+                    plan.wait.missing.discard(key)
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
@@ -343,17 +338,12 @@ class SchedulerHalf:
             if config.mode == "auto" and most < config.min_reused_tokens:
                 plan.stats.reason = f"{most} tokens could be reused, min_reused_tokens is {config.min_reused_tokens}"
                 return
-            segments, wait, slow = self._match(plan)
+            segments = self._library.match(plan.ids)
             if config.mode == "blend" and segments:
                 hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
             layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
             plan.stats.decision, plan.stats.reason = decide(layout, config)
-            if slow and plan.stats.decision != "blend":
-                plan.stats.reason = f"{slow} chunks would be read from disk for longer than computing them takes"
             if plan.stats.decision == "blend":
-                if wait is not None:
-                    self._jobs.prefetches.extend(wait.missing)
-                    plan.wait = wait
                 plan.hashes = BlockHashes(request)
                 first_block = _first_loaded(layout) // self._block_size
                 plan.marks = self._salts.choose(plan.ids, plan.hashes.plain, segments, config, first_block)
@@ -362,31 +352,12 @@ class SchedulerHalf:
                     # The blended blocks of an earlier prompt are gone, but exact ones reach further.
                     plan.marks = ((first_block, plan.marks[-1][1]),)
                     plan.hashes.salt(plan.marks)
+                self._note_brought()
+                if missing := self._memory.missing(dict.fromkeys(segment.key for segment in segments)):
+                    self._jobs.prefetches.extend(missing)
+                    plan.wait = DiskWait(set(missing))
                 plan.layout = layout
                 plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
-
-    def _match(self, plan: _Plan) -> tuple[list[Segment], DiskWait | None, int]:
-        """The runs of a prompt that warm chunks cover, what has to come from disk for them, and how many are left out.
-
-        In mode "auto", chunks that would be read for longer than what they spare takes to compute are treated as not
-        warm. They are brought all the same, for whoever asks next.
-        """
-        config = plan.params.blend
-        self._note_brought()
-        left_out: set[str] = set()
-        while True:
-            segments = self._library.match(plan.ids, left_out)
-            missing = self._memory.missing(dict.fromkeys(segment.key for segment in segments))
-            if not missing:
-                return segments, None, len(left_out)
-            chunks = [self._library.store.ids(key) for key in missing]
-            wait = DiskWait(set(missing), sum(len(ids) for ids in chunks if ids is not None))
-            spared = (1 - ratios(config)[1]) * sum(one.length for one in segments if one.key in wait.missing)
-            if config.mode != "auto" or self._costs.pays(wait.tokens, round(spared)):
-                return segments, wait, len(left_out)
-            self._jobs.prefetches.extend(missing)
-            self._reading.append(wait)
-            left_out |= wait.missing
 
     def _cached_tokens(self, request: Any) -> int:
         """Leading tokens of the prompt that the prefix cache has. The last one is never among them."""
@@ -474,7 +445,6 @@ class SchedulerHalf:
             stats = BlendStats(**{**told, "match": stats.match})
             stats.first_token = max(0.0, first_token_at - report["finished_at"])
             self._renew_if_wrong(plan, report)
-            self._note_costs(plan, stats)
             self.metrics.count("chunk_faults", stats.faults)
             self.metrics.count("blend_faults", int(stats.decision == "prefill" and stats.faults == 0))
         elif stats.decision == "blend" and answered:  # promised, but a hook failed on the way
@@ -485,13 +455,6 @@ class SchedulerHalf:
             stats.ttft = first_token_at - plan.request.arrival_time
             self.metrics.observe(stats)
         return stats
-
-    def _note_costs(self, plan: _Plan, stats: BlendStats) -> None:
-        computed = stats.recomputed_tokens + stats.missed_tokens
-        if computed:
-            self._costs.note_computed(computed, stats.recompute)
-        if plan.wait is not None and plan.wait.tokens:
-            self._costs.note_read(plan.wait.tokens, plan.wait.seconds + stats.load)
 
     def _renew_if_wrong(self, plan: _Plan, report: dict[str, Any]) -> None:
         """Let nobody find blocks that hold something else than their salt stands for."""

@@ -52,28 +52,13 @@ class DiskWait:
 
     Attributes:
         missing: Keys of chunks that are on their way to memory.
-        tokens: Of these chunks.
-        began: ``time.monotonic()``.
-        ended: The same, when the last one had come.
+        until: ``time.monotonic()`` from which on it waits no longer.
     """
 
     missing: set[str]
-    tokens: int
-    began: float = dataclasses.field(default_factory=time.monotonic)
-    ended: float | None = None
-
-    def brought(self, key: str) -> None:
-        """A chunk has come to memory."""
-        self.missing.discard(key)
-        if not self.missing and self.ended is None:
-            self.ended = time.monotonic()
+    until: float = dataclasses.field(default_factory=lambda: time.monotonic() + _MOST_SECONDS)
 
     @property
     def is_over(self) -> bool:
         """Whether the request may go on."""
-        return self.ended is not None or self.seconds >= _MOST_SECONDS
-
-    @property
-    def seconds(self) -> float:
-        """How long it has been waiting, or did."""
-        return min((self.ended or time.monotonic()) - self.began, _MOST_SECONDS)
+        return not self.missing or time.monotonic() > self.until

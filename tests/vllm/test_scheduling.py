@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from cacheblend_rag import StoreError
 from cacheblend_rag.errors import AnswerTimeoutError, EngineClosedError
-from cacheblend_rag.vllm.costs import DiskCosts
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.waiting import MemoryTier
 
@@ -75,7 +74,7 @@ def test_what_can_not_pay_is_not_matched(case: Case, monkeypatch: pytest.MonkeyP
     """Neither a short prompt nor one of which little is left behind the prefix cache."""
     library = connectors(case.engine)[0]._scheduler._library
     match, matched = library.match, []
-    monkeypatch.setattr(library, "match", lambda ids, exclude: matched.append(len(ids)) or match(ids, exclude))
+    monkeypatch.setattr(library, "match", lambda ids: matched.append(len(ids)) or match(ids))
     prompt = case.prompt(0)
     tokens = len(case.ids(prompt))
 
@@ -394,68 +393,6 @@ def test_requests_wait_for_disk_outside_of_steps(case: Case, slow_disk: tuple[th
     assert meanwhile.token_ids and early == [False, False]
     assert [answer.stats.decision for answer in answers] == ["blend"] * 2
     assert_alike(answers, alone(case, [case.prompt(seed) for seed in (0, 1)], **settings))
-
-
-def test_chunks_are_not_waited_for_where_computing_is_quicker(
-    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In mode "auto". They come all the same, for the next one."""
-    go, _ = slow_disk
-    scheduler = connectors(case.engine)[0]._scheduler
-    costs = DiskCosts()
-    costs.note_read(tokens=1, seconds=5.0)
-    costs.note_computed(tokens=1, seconds=0.001)
-    monkeypatch.setattr(scheduler, "_costs", costs)
-    settings: dict[str, Any] = {"max_tokens": 4, "logprobs": 3}
-    auto = {"mode": "auto", "min_reused_tokens": 0}
-    answer = case.engine.generate(case.prompt(0), blend=auto, **settings)  # the disk does not answer yet
-    assert answer.stats.decision == "prefill"
-    assert "would be read from disk for longer than computing them takes" in answer.stats.reason
-    go.set()
-    assert_alike([answer], alone(case, [case.prompt(0)], blend={"mode": "off"}, **settings))
-    deadline = time.monotonic() + 60
-    while scheduler._reading:
-        assert time.monotonic() < deadline
-        case.engine.generate("Once upon a time", max_tokens=2)
-        scheduler._note_brought()
-    assert len(costs._read) == 2  # what nobody waited for is measured, too
-    again = case.engine.generate(case.prompt(0), blend=auto, **settings)
-    assert again.stats.decision == "blend"
-    assert len(costs._computed) >= 2
-
-
-def test_what_is_waited_for_is_measured(case: Case, slow_disk: tuple[threading.Event, list[str]]) -> None:
-    go, _ = slow_disk
-    scheduler = connectors(case.engine)[0]._scheduler
-    scheduler._costs = costs = DiskCosts()
-    threading.Timer(0.5, go.set).start()
-    stats = case.engine.generate(case.prompt(0), max_tokens=1, blend={"mode": "auto", "min_reused_tokens": 0}).stats
-    assert stats.decision == "blend"  # nothing is known of the disk
-    (seconds,) = costs._read
-    assert 0.5 <= seconds * stats.prompt_tokens < 60
-
-
-@given(
-    st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=40),
-    st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=40),
-    st.integers(1, 10**5),
-    st.integers(0, 10**5),
-)
-def test_costs(read: list[float], computed: list[float], to_read: int, spared: int) -> None:
-    costs = DiskCosts()
-    assert costs.pays(to_read, spared)
-    for seconds in read:
-        costs.note_read(2, 2 * seconds)
-    assert costs.pays(to_read, spared)
-    for seconds in computed:
-        costs.note_computed(3, 3 * seconds)
-    pays = costs.pays(to_read, spared)
-    if max(read) * to_read < min(computed) * spared * (1 - 1e-9):
-        assert pays
-    if min(read[-16:]) * to_read > max(computed) * spared * (1 + 1e-9):
-        assert not pays
-    assert pays or not costs.pays(to_read + 1, spared)
-    assert not pays or costs.pays(to_read, spared + 1)
 
 
 def test_a_request_does_not_wait_for_ever(
