@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from cacheblend_rag.config import BlendConfig
 
 SHARE_LEFT = 0.65
-"""Most of the sum of all scores that the tokens may have that are not taken, where a policy names no other limit."""
+"""Most of the sum of all scores that the tokens may have that are not taken, where a policy names no other limit.
+
+Of the scores it gives: with several check layers, those of the tokens that the earlier ones left.
+"""
 
 _STEPS = 2**40  # of the highest score: a million such scores still add up in 64 bits
 

@@ -159,6 +159,11 @@ def choose(kl: dict[Layers, list[float]], baseline: Layers) -> Layers:
     return min(better, key=lambda layers: sum(kl[layers]), default=baseline)
 
 
+def too_few(questions: int, ranges: int) -> bool:
+    """Whether not even a range that is better on every question could be told from chance."""
+    return _chance_of(questions, 0) * (ranges - 1) > _CHANCE
+
+
 def wins_and_losses(kl: Sequence[float], baseline: Sequence[float]) -> tuple[int, int]:
     """On how many questions a range has less KL than the baseline, and on how many more."""
     pairs = list(zip(kl, baseline, strict=True))
@@ -184,6 +189,8 @@ def _measure(
 ) -> list[float]:
     """KL of full reuse, and of each range of layers."""
     engine.warm(passages)
+    if not all(engine.is_warm(passages)):
+        raise _NotBlendedError("its passages don't fit the store's memory together")
     prompt = _render(engine, passages, question.text)
     own = engine.generate(prompt, max_tokens=MAX_ANSWER_TOKENS, blend=_OFF).token_ids
     full = engine.score(prompt, [own, question.answer], blend=_OFF)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.loading import load_engine
-from cacheblend_rag.profiling import Measurement, candidate_ranges, choose, last_half, make_profile, measure
+from cacheblend_rag.profiling import Measurement, candidate_ranges, choose, last_half, make_profile, measure, too_few
 from cacheblend_rag.profiling_data import PASSAGES, passages_of, read_questions
 
 HALF, OTHER, THIRD = (6, 12), (4, 9), (8, 12)
@@ -82,6 +82,10 @@ def test_a_range_is_chosen_if_it_is_better_beyond_chance() -> None:
     assert choose({HALF: half, OTHER: [0.99] * 15 + [5.0]}, HALF) == HALF  # worse in the sum
     assert choose({HALF: [*half[1:], 90.0], OTHER: [*[1.1] * 15, 1.0]}, HALF) == HALF  # better by an outlier
     assert choose({HALF: half[:2], OTHER: [0.1, 0.1]}, HALF) == HALF  # too few to know
+    assert too_few(2, 2) and not too_few(16, 12)
+    for questions in range(1, 12):  # all of them are better
+        told = choose({HALF: [1.0] * questions, OTHER: [0.5] * questions, THIRD: [0.9] * questions}, HALF) == OTHER
+        assert told is not too_few(questions, 3)
 
 
 @given(st.lists(st.tuples(*[st.floats(0, 10)] * 3), min_size=1, max_size=30))

@@ -76,6 +76,8 @@ def _print_table(made: ModelProfile, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from cacheblend_rag.profiling import too_few
+
     measured = made.measured
     baseline = measured["candidates"][0]
     table = Table(title=f"{measured['questions']} questions, {measured['recompute_ratio']:g} recomputed")
@@ -92,5 +94,7 @@ def _print_table(made: ModelProfile, path: Path) -> None:
     Console().print(table)
     first, end = made.question_layers
     why = "none is better beyond chance" if [first, end] == baseline["layers"] else "better than the last half"
+    if too_few(measured["questions"], len(measured["candidates"])):
+        why = "too few questions to tell"
     typer.echo(f"question_layers of {made.model}: {first} to {end - 1} of {made.num_layers} ({why})")
     typer.echo(f"kept in {path}")

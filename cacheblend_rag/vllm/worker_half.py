@@ -358,9 +358,9 @@ class WorkerHalf:
     def _save(self, job: SaveJob, scope: ChunkScope) -> int:
         tokens = np.zeros(job.start + len(job.token_ids), np.int64)  # only how many there are counts for reading
         forward = PagedForward(self._model, torch.from_numpy(tokens), job.block_ids, 0)
-        encoded, scales = encode(
-            self._model.gather_heads(forward.read(job.start, len(tokens))), scope.fingerprint.codec
-        )
+        kv = forward.read(job.start, len(tokens))
+        whole = self._model.gather_heads(kv)  # all ranks take part
+        encoded, scales = encode(whole if self._model.is_first_rank else kv, scope.fingerprint.codec)
         chunk = ChunkKV(
             scope.key(job.token_ids), scope, job.token_ids, job.start, encoded.cpu().contiguous(),
             None if scales is None else scales.cpu(),
@@ -369,7 +369,7 @@ class WorkerHalf:
         if self._model.is_first_rank:
             written = self._store.put(chunk)
         elif isinstance(self._store, TieredStore):  # or its first prompt would read it from disk, within a step
-            self._store.memory.put(self._model.own_heads(chunk))
+            self._store.memory.put(chunk)
         kept = self._store.memory.get(chunk.key) if isinstance(self._store, TieredStore) else None
         if kept is not None:
             self._brought[chunk.key] = kept.nbytes
