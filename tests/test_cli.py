@@ -367,7 +367,7 @@ def test_profile_for_people(models: list[str], store: Path, questions: Path) -> 
     assert "3 questions, 0.15 recomputed" in text and "last half" in text
     (path,) = store.glob("profiles/*.json")
     assert text.splitlines()[-2:] == [
-        f"question_layers of {models[0]}: 2 to 3 of 4 (none is better beyond chance)",
+        f"question_layers of {models[0]}: 2 to 3 of 4 (too few questions to tell)",
         f"kept in {path}",
     ]
 

@@ -121,7 +121,7 @@ def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> N
     answers = together(
         case.engine, [(prompt, {"blend": blend, **SETTINGS}) for prompt, blend in zip(prompts, blends, strict=True)]
     )
-    assert stand_in.asked == [2]
+    assert stand_in.asked == [3]
     assert max(stand_in.recomputed) >= 2
     assert_alike(answers, expected)
 
