@@ -10,9 +10,8 @@ prefill's, over the whole vocabulary, and whether both would say the same token.
     1 - sum KL(full prefill || mode) / sum KL(full prefill || full reuse)
 
 so that 0 is full reuse and 1 is full prefill. "Full prefill in pieces" is full prefill too, the prompt read in four
-pieces: what it lacks of 1 is rounding, in bfloat16 much, and no blend can be expected to have more. Full reuse here
-always is that of chunks prefilled behind the system prefix, whatever ``--primer`` says: closures with different primers
-compare.
+pieces: what it lacks of 1 is rounding, and no blend can be expected to have more. Full reuse here always is that of
+chunks prefilled behind the system prefix, whatever ``--primer`` says: closures with different primers compare.
 
 Intervals are 90 %, by bootstrap over questions. The sign test compares a mode's KL with that of hkvd at 15 %, question
 by question. The budget ``auto`` is also compared with a fixed ratio of the same policy, of what ``auto`` recomputed on
