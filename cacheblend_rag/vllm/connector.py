@@ -33,10 +33,10 @@ from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
-from cacheblend_rag.vllm.messages import BlendJob, Refusal, StepJobs, WorkerReports
+from cacheblend_rag.vllm.messages import BlendJob, StepJobs, WorkerFacts, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
-from cacheblend_rag.vllm.probe import probe, probed_kernel_passes
+from cacheblend_rag.vllm.probe import measure_prefill, probe, probed_kernel_passes
 from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
 from cacheblend_rag.vllm.settings import ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
@@ -75,6 +75,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerHalf | None = None
         self._promised: dict[str, BlendJob] = {}  # prompts that the workers are to fill in, by request
         self._worker: WorkerHalf | None = None
+        self._prefill_seconds: float | None = None
         self._failed_blocks: set[int] = set()
         self._unsupported = ""
         try:
@@ -117,7 +118,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
             ids = np.asarray(request.prompt_token_ids, np.int32)
             hit = len(ids) - 1 - num_external_tokens
             self._promised[request.request_id] = BlendJob(
-                request.request_id, ids, hit, (), hit, self._settings.blend, "", "", block_ids
+                request.request_id, ids, hit, (), hit, self._settings.blend, frozenset(), "", "", block_ids
             )
         self._guard(
             "update_state_after_alloc", None, self._scheduler.allocated, request, block_ids, num_external_tokens
@@ -138,9 +139,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """See the base class."""
-        for refusal in metadata.values():
-            if self._scheduler is not None and isinstance(refusal, Refusal):
-                self._scheduler.refusal = refusal.reason
+        for facts in metadata.values():
+            if self._scheduler is not None and isinstance(facts, WorkerFacts):
+                self._scheduler.refusal = facts.refusal or self._scheduler.refusal
+                self._scheduler.costs.prefill = facts.prefill_seconds
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
@@ -167,11 +169,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         except UnsupportedModelError as error:
             self._give_up(error)
             return
+        self._prefill_seconds = measure_prefill(model)
         self._worker = WorkerHalf(model, self._open_store())
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """See the base class. What vLLM carries to the scheduler before it serves: that the loaded model won't do."""
-        return Refusal(self._unsupported) if self._unsupported else None
+        """See the base class. What vLLM carries to the scheduler before it serves."""
+        return WorkerFacts(self._unsupported, self._prefill_seconds)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See the base class."""
@@ -214,8 +217,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """See the base class."""
         if self._worker is None:
             return None
-        reports, brought = self._worker.take_reports(), self._worker.take_brought()
-        return WorkerReports(self._engine_id, reports, brought) if reports or brought else None
+        reports, brought, read = self._worker.take_reports(), self._worker.take_brought(), self._worker.take_read()
+        return WorkerReports(self._engine_id, reports, brought, read) if reports or brought or read[0] else None
 
     # Anywhere
 

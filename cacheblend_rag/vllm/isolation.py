@@ -157,8 +157,7 @@ class Salts:
             config: The request's settings.
             first_block: The first block that holds a blended token.
         """
-        chosen_by = (config.policy, config.check_layers, config.question_layers, config.forced_tokens)
-        settings = repr((ratios(config), *chosen_by))
+        settings = _settings(config)
         marks: Marks = ()
         since = first_block * self._block_size
         earlier = self._find(ids, plain, settings, segments, first_block)
@@ -173,10 +172,23 @@ class Salts:
                 *(mark for mark in marks if mark[0] < block),
                 (block, self._digest(settings, segments, plain, read)),
             )
-        if plain:
-            rest = ids[len(plain) * self._block_size :].tobytes()
-            self._remember(plain[-1], _Earlier(settings, rest, len(ids), tuple(segments), marks))
         return marks
+
+    def remember(
+        self, ids: TokenIds, plain: Sequence[bytes], segments: Sequence[Segment], config: BlendConfig, marks: Marks
+    ) -> None:
+        """A prompt is blended with the salts that :meth:`choose` gave: a next turn goes on from it."""
+        if not plain:
+            return
+        new = _Earlier(
+            _settings(config), ids[len(plain) * self._block_size :].tobytes(), len(ids), tuple(segments), marks
+        )
+        others = [
+            one for one in self._earlier.pop(plain[-1], ()) if (one.settings, one.rest) != (new.settings, new.rest)
+        ]
+        self._earlier[plain[-1]] = [new, *others[: _ENDINGS - 1]]
+        if len(self._earlier) > _REMEMBERED:
+            self._earlier.popitem(last=False)
 
     def renew(self) -> None:
         """Let nobody find blended blocks made so far: something went wrong in a blend.
@@ -204,13 +216,6 @@ class Salts:
                     return earlier
         return None
 
-    def _remember(self, last_block: bytes, prompt: _Earlier) -> None:
-        ending = prompt.settings, prompt.rest
-        others = [one for one in self._earlier.pop(last_block, ()) if (one.settings, one.rest) != ending]
-        self._earlier[last_block] = [prompt, *others[: _ENDINGS - 1]]
-        if len(self._earlier) > _REMEMBERED:
-            self._earlier.popitem(last=False)
-
     def _digest(self, settings: str, segments: Sequence[Segment], plain: Sequence[bytes], read: TokenIds) -> str:
         hasher = hashlib.blake2b(digest_size=16)
         places = ";".join(f"{s.start},{s.length},{s.key},{s.offset}" for s in segments)
@@ -221,3 +226,9 @@ class Salts:
             hasher.update(plain[blocks - 1])  # a hash of all tokens before, too
         hasher.update(read[blocks * self._block_size :].tobytes())
         return hasher.hexdigest()
+
+
+def _settings(config: BlendConfig) -> str:
+    """All that decides which tokens are recomputed."""
+    chosen_by = (config.policy, config.check_layers, config.question_layers, config.forced_tokens)
+    return repr((ratios(config), *chosen_by))

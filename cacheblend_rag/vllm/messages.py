@@ -27,6 +27,7 @@ class BlendJob:
         segments: Matched runs of the whole prompt.
         salted_from: Position from which on the prompt's blocks are hidden from others: none before may be blended.
         config: The request's settings.
+        left_out: Keys of chunks that are known and not used: they are on disk, and prefill is done sooner.
         reason: Why it is blended.
         salt: Names the prompt cache's blended blocks that the hit may hold.
         block_ids: The request's block table.
@@ -38,6 +39,7 @@ class BlendJob:
     segments: tuple[Segment, ...]
     salted_from: int
     config: BlendConfig
+    left_out: frozenset[str]
     reason: str
     salt: str
     block_ids: list[int]
@@ -86,10 +88,12 @@ class Box:
     Attributes:
         reports: By request id.
         brought: Bytes of chunks that are in memory now, by key.
+        read: Tokens of chunks that were read from disk, and seconds that it took.
     """
 
     reports: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     brought: dict[str, int] = dataclasses.field(default_factory=dict)
+    read: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
 class WorkerReports(KVConnectorWorkerMetadata):
@@ -103,18 +107,21 @@ class WorkerReports(KVConnectorWorkerMetadata):
         engine_id: vLLM's name of the engine.
         reports: By request id.
         brought: Bytes of chunks that have been brought to memory, by key.
+        read: Tokens of chunks that were read from disk, and seconds that it took; (0, 0.0) if none were.
     """
 
-    def __init__(self, engine_id: str, reports: dict[str, dict[str, Any]], brought: dict[str, int]) -> None:
-        self._engine_id = engine_id
-        self._reports = reports
-        self._brought = brought
+    def __init__(
+        self, engine_id: str, reports: dict[str, dict[str, Any]], brought: dict[str, int], read: tuple[int, float]
+    ) -> None:
+        self._told = engine_id, reports, brought, read
         if engine_id in _boxes:
             _boxes[engine_id].reports.update(reports)
             _boxes[engine_id].brought.update(brought)
+            if read[0]:
+                _boxes[engine_id].read.append(read)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WorkerReports, (self._engine_id, self._reports, self._brought)
+        return WorkerReports, self._told
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """All ranks do the same: any one's reports will do."""
@@ -135,11 +142,13 @@ def close_box(engine_id: str) -> None:
 
 
 @dataclasses.dataclass
-class Refusal(KVConnectorHandshakeMetadata):
-    """A worker tells the scheduler half, before anything is served, that its model can't be blended.
+class WorkerFacts(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler half before anything is served.
 
     Attributes:
-        reason: Why.
+        refusal: Why its model can't be blended, empty if it can.
+        prefill_seconds: What plain prefill takes at least, a token; None if the model can't be blended.
     """
 
-    reason: str
+    refusal: str
+    prefill_seconds: float | None

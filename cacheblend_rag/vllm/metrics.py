@@ -16,6 +16,7 @@ _EVENTS = {
     "blend_faults": "Blends that failed and were prefilled plainly",
     "errors": "Requests with settings that could not be understood, and chunks that could not be stored",
     "warmed_chunks": "Chunks prefilled and stored",
+    "slow_chunks": "Matched chunks on disk that were prefilled, since reading them would have taken longer",
 }
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

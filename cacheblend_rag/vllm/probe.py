@@ -2,12 +2,14 @@
 
 What a blend relies on is tested, not looked up by name: a pass over rows with gaps must give what a pass over all rows
 gives, and keys shifted by some positions, read from the paged cache and written to it, must be those computed there, in
-every layer. It runs before the engine serves anything, in blocks that nobody uses yet.
+every layer. It runs before the engine serves anything, in blocks that nobody uses yet; so does what measures how fast
+the model prefills.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +36,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _FLOAT8_TOLERANCE = 0.12  # a key is rounded once where it is computed, twice where it is shifted
 _THROUGH_LAYERS = 5
 _WRONG = 100.0  # far from any key or value
+# What longer passes gain is little, and a start should not wait for them.
+_PASSES = (32, 128, 512, 2048)
+_LONG_ENOUGH = 0.05  # seconds
 
 
 @torch.inference_mode()
@@ -79,6 +84,29 @@ def probed_kernel_passes(model: PagedModel, gpu_bytes: int, codec: str) -> Kerne
     if fault:
         logger.warning("blending runs without its own GPU kernels: %s", fault)
     return None if any(model.agree([bool(fault)])) else passes
+
+
+@torch.inference_mode()
+def measure_prefill(model: PagedModel) -> float:
+    """What plain prefill takes at least, in seconds a token: of the longest pass tried, which tells most.
+
+    Passes of one prompt, so attention over a long one comes on top.
+    """
+    blocks = model.kv.num_blocks - 1
+    seconds = float("inf")
+    for rows in _PASSES:
+        rows = min(rows, blocks * model.kv.block_size, model.max_rows)
+        places = torch.arange(rows, device=model.kv.device)
+        block_ids = torch.arange(1, -(-rows // model.kv.block_size) + 1, device=model.kv.device)
+        took = float("inf")
+        for _ in range(2):  # the first one may have to choose kernels
+            started = time.perf_counter()
+            run_rows(model, torch.zeros_like(places), places, places, block_ids)[-1].cpu()
+            took = min(took, time.perf_counter() - started)
+        seconds = min(seconds, took / rows)
+        if any(model.agree([took >= _LONG_ENOUGH])):
+            break
+    return seconds
 
 
 def _kernel_fault(model: PagedModel, passes: KernelPasses, codec: str) -> str:

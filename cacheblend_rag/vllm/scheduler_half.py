@@ -14,21 +14,23 @@ import dataclasses
 import logging
 import struct
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 import cacheblend_rag
-from cacheblend_rag.budget import Budget
+from cacheblend_rag.budget import Budget, ratios
 from cacheblend_rag.chunks import TokenIds
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.decision import decide
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.vllm.costs import DiskChunk, DiskCosts
 from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs, close_box, open_box
 from cacheblend_rag.vllm.metrics import BlendMetrics
@@ -55,6 +57,7 @@ class _Plan:
         hashes: Its block hashes, if it is to be blended.
         marks: Where its blocks are salted; empty unless it is to be blended.
         wait: What it waits for, if chunks of it are on disk only.
+        left_out: Keys of known chunks that are not used: they are on disk, and prefill is done sooner.
         rows: Most rows that its blend recomputes.
         spoilt: Whether its blended blocks are none that others may read.
         block_ids: Its block table, of a chunk to be stored.
@@ -71,11 +74,19 @@ class _Plan:
     hashes: BlockHashes | None = None
     marks: Marks = ()
     wait: DiskWait | None = None
+    left_out: frozenset[str] = frozenset()
     rows: int = 0
     spoilt: bool = False
     block_ids: list[int] = dataclasses.field(default_factory=list)
     answer: dict[str, Any] | None = None
     first_token_at: float | None = None
+
+    def decide(self, layout: PromptLayout) -> None:
+        """Decide how the prompt is read, and say why in the stats."""
+        self.stats.decision, self.stats.reason = decide(layout, self.params.blend)
+        if self.left_out:
+            slow = f"{len(self.left_out)} known chunks are on disk, where reading takes longer than prefill"
+            self.stats.reason = f"{self.stats.reason}; {slow}" if layout.segments else slow
 
 
 class SchedulerHalf:
@@ -96,6 +107,7 @@ class SchedulerHalf:
         metrics: Counts since they were last taken.
         scope: Namespace, model and primer.
         refusal: Why nothing can be blended, empty if it can.
+        costs: What reading from disk and prefill take.
     """
 
     def __init__(
@@ -113,6 +125,7 @@ class SchedulerHalf:
     ) -> None:
         self.metrics = BlendMetrics()
         self.refusal = ""
+        self.costs = DiskCosts()
         self._settings = settings
         self.scope = library.scope
         self._library = library
@@ -128,6 +141,7 @@ class SchedulerHalf:
         self._engine_id = engine_id
         self._box = open_box(engine_id)
         self._memory = MemoryTier(settings.memory_bytes)
+        self._coming: set[str] = set()  # chunks that workers have been asked to bring
         self._block_pool: Any = None
         self._salts = Salts(library.scope, block_size)
         self._plans: dict[str, _Plan] = {}
@@ -191,7 +205,7 @@ class SchedulerHalf:
         layout = plan.layout
         if layout is None or layout.prefix != hit:
             plan.layout = layout = PromptLayout.after_hit(plan.ids, plan.segments, self._primer_ids, hit)
-        plan.stats.decision, plan.stats.reason = decide(layout, plan.params.blend)
+        plan.decide(layout)
         if hit > plan.marks[0][0] * self._block_size:
             # However little is left: read otherwise than the first time, the same prompt would get another answer.
             plan.stats.decision = "blend" if layout.segments else "prefix"
@@ -234,10 +248,13 @@ class SchedulerHalf:
         """Chunks have come to memory, which requests may be waiting for."""
         while self._box.brought:
             key, nbytes = self._box.brought.popitem()
+            self._coming.discard(key)
             self._memory.add(key, nbytes)
             for plan in self._plans.values():
                 if plan.wait is not None:
                     plan.wait.missing.discard(key)
+        while self._box.read:
+            self.costs.note_read(*self._box.read.pop())
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
@@ -258,6 +275,7 @@ class SchedulerHalf:
                     plan.segments,
                     plan.marks[0][0] * self._block_size,
                     plan.params.blend,
+                    plan.left_out,
                     plan.stats.reason,
                     plan.marks[-1][1],
                     block_ids,
@@ -338,26 +356,86 @@ class SchedulerHalf:
             if config.mode == "auto" and most < config.min_reused_tokens:
                 plan.stats.reason = f"{most} tokens could be reused, min_reused_tokens is {config.min_reused_tokens}"
                 return
-            segments = self._library.match(plan.ids)
-            if config.mode == "blend" and segments:
-                hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
-            layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
-            plan.stats.decision, plan.stats.reason = decide(layout, config)
-            if plan.stats.decision == "blend":
-                plan.hashes = BlockHashes(request)
-                first_block = _first_loaded(layout) // self._block_size
-                plan.marks = self._salts.choose(plan.ids, plan.hashes.plain, segments, config, first_block)
-                plan.hashes.salt(plan.marks)
-                if plan.marks[0][0] < first_block and self._cached_tokens(request) < hit:
-                    # The blended blocks of an earlier prompt are gone, but exact ones reach further.
-                    plan.marks = ((first_block, plan.marks[-1][1]),)
-                    plan.hashes.salt(plan.marks)
-                self._note_brought()
-                if missing := self._memory.missing(dict.fromkeys(segment.key for segment in segments)):
-                    self._jobs.prefetches.extend(missing)
-                    plan.wait = DiskWait(set(missing))
-                plan.layout = layout
-                plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
+            self._note_brought()
+            while slow := self._plan_blend(plan, hit):
+                plan.left_out |= slow
+            if plan.left_out:
+                self.metrics.count("slow_chunks", len(plan.left_out))
+                if not self.costs.wait:  # the disk has nothing else to do: for whoever asks next
+                    self._fetch(plan.left_out)
+
+    def _plan_blend(self, plan: _Plan, hit: int) -> set[str]:
+        """Plan how a prompt is read if it is blended, where that pays.
+
+        Args:
+            plan: The request's; chunks that it leaves out are treated as not warm.
+            hit: Tokens whose exact KV is in the prefix cache.
+
+        Returns:
+            Keys of chunks to leave out as well. The plan is to be made again then.
+        """
+        request, config = plan.request, plan.params.blend
+        segments = self._library.match(plan.ids, plan.left_out)
+        if config.mode == "blend" and segments:
+            hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
+        layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
+        plan.decide(layout)
+        if plan.stats.decision != "blend":
+            if plan.hashes is not None:
+                plan.marks = ()
+                plan.hashes.salt(())  # as they were
+            return set()
+        plan.hashes = plan.hashes or BlockHashes(request)
+        first_block = _first_loaded(layout) // self._block_size
+        marks = self._salts.choose(plan.ids, plan.hashes.plain, segments, config, first_block)
+        plan.marks = marks
+        plan.hashes.salt(marks)
+        cached = self._cached_tokens(request)
+        if plan.marks[0][0] < first_block and cached < hit:
+            # The blended blocks of an earlier prompt are gone, but exact ones reach further.
+            plan.marks = ((first_block, plan.marks[-1][1]),)
+            plan.hashes.salt(plan.marks)
+            cached = self._cached_tokens(request)
+        needed = [segment.since(cached) for segment in segments if segment.end > cached]
+        missing = self._memory.missing(dict.fromkeys(segment.key for segment in needed))
+        if slow := self._too_slow(needed, missing, config):
+            return slow
+        if missing:
+            self._fetch(missing)
+            plan.wait = DiskWait(set(missing))
+        self._salts.remember(plan.ids, plan.hashes.plain, segments, config, marks)
+        plan.layout = layout
+        plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
+        return set()
+
+    def _too_slow(self, needed: Sequence[Segment], missing: Sequence[str], config: BlendConfig) -> set[str]:
+        """Keys of chunks that prefill is done with sooner than they are read.
+
+        Args:
+            needed: Runs of chunks that are not in the prefix cache.
+            missing: Keys of those that are to be brought to memory.
+            config: The request's settings.
+        """
+        if config.mode != "auto":
+            return set()
+        if not self._settings.memory_bytes:  # which keeps nothing: steps read from disk
+            missing = list(dict.fromkeys(segment.key for segment in needed))
+        spared = Counter[str]()
+        for segment in needed:
+            spared[segment.key] += segment.length
+        reused = 1 - ratios(config)[1]
+        return self.costs.too_slow([DiskChunk(key, self._tokens_to_read(key), spared[key] * reused) for key in missing])
+
+    def _fetch(self, keys: Collection[str]) -> None:
+        """Have chunks brought from disk to the workers' memory."""
+        self._jobs.prefetches.extend(keys)
+        self.costs.note_asked(sum(map(self._tokens_to_read, keys)))
+        self._coming.update(keys)
+
+    def _tokens_to_read(self, key: str) -> int:
+        """Tokens of a chunk on disk, unless it is on its way already."""
+        ids = None if key in self._coming else self._library.store.ids(key)
+        return 0 if ids is None else len(ids)
 
     def _cached_tokens(self, request: Any) -> int:
         """Leading tokens of the prompt that the prefix cache has. The last one is never among them."""
@@ -405,7 +483,7 @@ class SchedulerHalf:
         held = list(filter(self._library.holds, params.keys))
         if params.action == "lookup":
             return {"held": held}
-        self._jobs.prefetches.extend(held)
+        self._fetch(held)
         return {"prefetched": len(held)}
 
     @property

@@ -25,6 +25,7 @@ from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store import ChunkStore, TieredStore
 from cacheblend_rag.store.codecs import encode, stored_dtype
+from cacheblend_rag.vllm.costs import ReadClock
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
 from cacheblend_rag.vllm.model import PagedModel
@@ -132,6 +133,7 @@ class WorkerHalf:
         self._library: ChunkLibrary | None = None
         self._logged: set[str] = set()
         self._brought: dict[str, int] = {}
+        self._clock = ReadClock()
         self._prefetcher = Prefetcher(self._bring, batch=1, threads=_READERS)
 
     def prefetch(self, keys: Sequence[str]) -> None:
@@ -194,6 +196,10 @@ class WorkerHalf:
             brought[key] = nbytes
         return brought if self._model.is_first_rank else {}
 
+    def take_read(self) -> tuple[int, float]:
+        """Tokens of chunks that were read from disk since this was last called, and seconds that it took."""
+        return self._clock.take() if self._model.is_first_rank else (0, 0.0)
+
     def _report(self, job: BlendJob, stats: BlendStats, result: BlendResult | None = None) -> None:
         def report() -> dict[str, Any]:
             if result is not None:
@@ -225,14 +231,27 @@ class WorkerHalf:
         for key in keys:
             nbytes = 0  # of one that can't be read: whoever waits for it finds out
             try:
-                self._store.prefetch(key)
-                chunk = self._store.get(key) if isinstance(self._store, TieredStore) else None
-                if chunk is not None:
-                    nbytes = chunk.nbytes
-                    if self._model.kernel_passes is not None:
-                        self._model.kernel_passes.stream.pinned.pin(chunk)
+                chunk = self._get(key, pin=True)
+                nbytes = 0 if chunk is None else chunk.nbytes
             finally:
                 self._brought[key] = nbytes
+
+    def _get(self, key: str, *, pin: bool) -> ChunkKV | None:
+        """A chunk, from memory or from disk; how long the latter takes is worth knowing."""
+        from_disk = not isinstance(self._store, TieredStore) or key not in self._store.memory
+        if from_disk:
+            self._clock.begin()
+        tokens = 0
+        try:
+            chunk = self._store.get(key)
+            if chunk is not None:
+                if pin and self._model.kernel_passes is not None:
+                    self._model.kernel_passes.stream.pinned.pin(chunk)
+                tokens = len(chunk.ids)
+            return chunk
+        finally:
+            if from_disk:
+                self._clock.end(tokens)
 
     def _read_chunks(self, job: BlendJob, scope: ChunkScope) -> _Blend:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
@@ -320,7 +339,7 @@ class WorkerHalf:
 
     def _read(self, key: str) -> ChunkKV | None:
         try:
-            chunk = self._store.get(key)
+            chunk = self._get(key, pin=False)
         except Exception as error:  # on one rank, perhaps: all have to go on to where they agree
             self._log_fault("a chunk can't be read", error)
             return None
@@ -348,7 +367,7 @@ class WorkerHalf:
         if self._model.is_first_rank:
             try:
                 self._library = self._library or ChunkLibrary(self._store, scope)
-                found = self._library.match(job.token_ids, unreadable)
+                found = self._library.match(job.token_ids, unreadable | job.left_out)
                 matched = [segment.since(job.salted_from) for segment in found if segment.end > job.salted_from]
             except Exception as error:  # the others wait for an answer
                 self._log_fault("the store can't be searched", error)

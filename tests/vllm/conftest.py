@@ -32,7 +32,7 @@ from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.passes import Selection
-from cacheblend_rag.store import MemoryStore
+from cacheblend_rag.store import ChunkStore, MemoryStore
 from cacheblend_rag.vllm.forward import PagedForward, run_rows
 
 from ..conftest import policies_to_test
@@ -77,7 +77,7 @@ class Engines:
     def __init__(self) -> None:
         self._running: Running | None = None
 
-    def get(self, model: str, store: Path | None = None, **changes: Any) -> VllmEngine:
+    def get(self, model: str, store: Path | ChunkStore | None = None, **changes: Any) -> VllmEngine:
         """An engine with these settings: the one that runs, if it has them."""
         key = (model, store, repr(changes))
         if self._running is None or self._running.key != key:
@@ -92,7 +92,7 @@ class Engines:
             self._running = None
 
 
-def open_engine(model: str, store: Path | None = None, **changes: Any) -> VllmEngine:
+def open_engine(model: str, store: Path | ChunkStore | None = None, **changes: Any) -> VllmEngine:
     """An engine in float32; ``engine_args`` are added to eager mode and a short context."""
     engine_args = {"enforce_eager": True, "max_model_len": 2048, **changes.pop("engine_args", {})}
     if not torch.cuda.is_available():  # a small KV cache: all of it is poisoned again and again
@@ -107,7 +107,9 @@ def open_engine(model: str, store: Path | None = None, **changes: Any) -> VllmEn
         "chat_template": None,
         **changes,
     }
-    engine = VllmEngine(model, store=None if store is None else str(store), engine_args=engine_args, **settings)
+    engine = VllmEngine(
+        model, store=str(store) if isinstance(store, Path) else store, engine_args=engine_args, **settings
+    )
     poison(engine)
     return engine
 

@@ -255,6 +255,8 @@ def test_salted_hashes_meet_no_plain_ones(
     BlockHashes(at_once).salt(((earlier, "a"),))
     hashes, later = BlockHashes(resalted), BlockHashes(resumed)
     hashes.salt(((first, "a"),))
+    hashes.salt(())
+    assert resalted.block_hashes == plain.block_hashes
     hashes.salt(((earlier, "a"),))
     later.salt(((first, "a"),))
     for request in (plain, salted, resalted, resumed, at_once):
@@ -340,6 +342,16 @@ def salts() -> Salts:
     return Salts(ChunkScope("n", ModelFingerprint("", "", "", "", ""), ()), 4)
 
 
+def choose_and_keep(
+    chooser: Salts, ids: list[int], plain: tuple[bytes, ...], segments: list[Segment], config: BlendConfig
+) -> Marks:
+    """As for a prompt that is blended."""
+    prompt = np.asarray(ids, np.int32)
+    marks = chooser.choose(prompt, plain, segments, config, 1)
+    chooser.remember(prompt, plain, segments, config, marks)
+    return marks
+
+
 def hashes_of(make_request: Callable[[list[int]], Any], ids: list[int]) -> tuple[bytes, ...]:
     return BlockHashes(make_request(ids)).plain
 
@@ -348,15 +360,28 @@ def test_a_renewed_salt_is_another(make_request: Callable[[list[int]], Any]) -> 
     ids = list(range(30))
     segments = [Segment(4, 20, "k", 0)]
     chooser = salts()
-    arguments = (np.asarray(ids, np.int32), hashes_of(make_request, ids), segments, BlendConfig(), 1)
-    marks = chooser.choose(*arguments)
-    assert chooser.choose(*arguments) == marks
+    arguments = (chooser, ids, hashes_of(make_request, ids), segments, BlendConfig())
+    marks = choose_and_keep(*arguments)
+    assert choose_and_keep(*arguments) == marks
     chooser.renew()
-    others = chooser.choose(*arguments)
+    others = choose_and_keep(*arguments)
     assert others != marks
-    assert chooser.choose(*arguments) == others
+    assert choose_and_keep(*arguments) == others
     chooser.renew()
-    assert chooser.choose(*arguments) not in (marks, others)
+    assert choose_and_keep(*arguments) not in (marks, others)
+
+
+def test_a_prompt_that_is_not_blended_after_all_is_not_gone_on_from(make_request: Callable[[list[int]], Any]) -> None:
+    """Nobody has blended the blocks that its salts stand for."""
+    chooser, segments = salts(), [Segment(4, 20, "k", 0)]
+
+    def planned(ids: list[int]) -> Marks:
+        return chooser.choose(np.asarray(ids, np.int32), hashes_of(make_request, ids), segments, BlendConfig(), 1)
+
+    first, next_turn = [*range(28), 1], [*range(28), 1, 5, 6, 7, 8, 9]
+    assert planned(first) != planned(next_turn)
+    marks = choose_and_keep(chooser, first, hashes_of(make_request, first), segments, BlendConfig())
+    assert planned(next_turn) == marks
 
 
 @pytest.mark.parametrize("hashed", [True, False])
@@ -378,7 +403,7 @@ def test_settings_are_remembered_beside_each_other(make_request: Callable[[list[
 
     def choose(ids: list[int], ratio: float) -> Marks:
         plain = hashes_of(make_request, ids)
-        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(recompute_ratio=ratio), 1)
+        return choose_and_keep(chooser, ids, plain, segments, BlendConfig(recompute_ratio=ratio))
 
     first, second = choose([*range(28), 1], 0.1), choose([*range(28), 1], 0.2)
     assert first != second
@@ -393,7 +418,7 @@ def test_another_question_within_the_last_block_is_no_second_turn(make_request: 
 
     def choose(ids: list[int]) -> Marks:
         plain = hashes_of(make_request, ids)
-        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)
+        return choose_and_keep(chooser, ids, plain, list(segments), BlendConfig())
 
     first = choose([*range(28), 1])
     assert choose([*range(28), 2]) != first
@@ -408,7 +433,7 @@ def test_new_chunks_of_a_next_turn_are_kept_apart_by_their_question(make_request
 
     def choose(ids: list[int], *segments: Segment) -> Marks:
         plain = hashes_of(make_request, ids)
-        return chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)
+        return choose_and_keep(chooser, ids, plain, list(segments), BlendConfig())
 
     first = choose([*range(28), 1], old)
     turn = choose([*range(28), 1, *range(30, 60)], old, new)

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from cacheblend_rag import StoreError
 from cacheblend_rag.errors import AnswerTimeoutError, EngineClosedError
+from cacheblend_rag.store import open_store
+from cacheblend_rag.vllm.costs import DiskCosts
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.waiting import MemoryTier
 
@@ -74,7 +77,7 @@ def test_what_can_not_pay_is_not_matched(case: Case, monkeypatch: pytest.MonkeyP
     """Neither a short prompt nor one of which little is left behind the prefix cache."""
     library = connectors(case.engine)[0]._scheduler._library
     match, matched = library.match, []
-    monkeypatch.setattr(library, "match", lambda ids: matched.append(len(ids)) or match(ids))
+    monkeypatch.setattr(library, "match", lambda ids, exclude: matched.append(len(ids)) or match(ids, exclude))
     prompt = case.prompt(0)
     tokens = len(case.ids(prompt))
 
@@ -206,12 +209,9 @@ def test_preempted_plain_requests_among_blended_ones(case: Case, preemptions: li
     prompts = [case.prompt(seed, chunks=1) for seed in range(8)]
     modes = [{"mode": mode} for mode in ("blend", "off") * 4]
     settings = {"max_tokens": 60, "logprobs": 2}
-    expected = [alone(case, [p], blend=m, **settings)[0] for p, m in zip(prompts, modes, strict=True)]
-    with ThreadPoolExecutor(8) as pool:
-        futures = [
-            pool.submit(case.engine.generate, p, blend=m, **settings) for p, m in zip(prompts, modes, strict=True)
-        ]
-        answers = [future.result() for future in futures]
+    requests = [(prompt, {"blend": mode, **settings}) for prompt, mode in zip(prompts, modes, strict=True)]
+    expected = [alone(case, [prompt], **arguments)[0] for prompt, arguments in requests]
+    answers = together(case.engine, requests)
     assert preemptions
     assert_alike(answers, expected)
 
@@ -393,6 +393,135 @@ def test_requests_wait_for_disk_outside_of_steps(case: Case, slow_disk: tuple[th
     assert meanwhile.token_ids and early == [False, False]
     assert [answer.stats.decision for answer in answers] == ["blend"] * 2
     assert_alike(answers, alone(case, [case.prompt(seed) for seed in (0, 1)], **settings))
+
+
+AUTO: dict[str, Any] = {"mode": "auto", "min_reused_tokens": 0}
+
+
+def slow_disk_costs(case: Case, monkeypatch: pytest.MonkeyPatch) -> DiskCosts:
+    """A disk that is known to be far slower than the model."""
+    costs = DiskCosts()
+    costs.prefill = 1e-6
+    costs.note_read(tokens=1, seconds=1.0)
+    monkeypatch.setattr(connectors(case.engine)[0]._scheduler, "costs", costs)
+    return costs
+
+
+def keys_in(case: Case, prompt: str) -> list[str]:
+    """The chunks of a prompt."""
+    segments = connectors(case.engine)[0]._scheduler._library.match(case.ids(prompt))
+    return list(dict.fromkeys(segment.key for segment in segments))
+
+
+def step(case: Case) -> None:
+    """A step, after which the scheduler half hears what the workers have told."""
+    case.engine.generate("Once upon a time", max_tokens=2)
+    connectors(case.engine)[0]._scheduler._note_brought()
+
+
+def test_what_is_read_later_than_prefilled_is_prefilled(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mode "auto". It is brought all the same, for the next one, which is blended."""
+    go, readers = slow_disk
+    half = connectors(case.engine)[0]._scheduler
+    costs = slow_disk_costs(case, monkeypatch)
+    settings: dict[str, Any] = {"max_tokens": 4, "logprobs": 3}
+    prompt = case.prompt(0)
+    another = prompt.replace("Question 0", "Question 9")
+    chunks = len(keys_in(case, prompt))
+    answer = case.engine.generate(prompt, blend=AUTO, **settings)  # the disk does not answer yet
+    assert answer.stats.decision == "prefill"
+    slow = f"{chunks} known chunks are on disk, where reading takes longer than prefill"
+    assert answer.stats.reason == slow
+    assert costs.wait > 0
+    forget_prefixes(case.engine)
+    case.engine.generate(another, blend=AUTO, max_tokens=1)  # they have been asked for: not once more
+    go.set()
+    deadline = time.monotonic() + 60
+    while half._coming:
+        assert time.monotonic() < deadline
+        step(case)
+    assert len(readers) == chunks
+    assert len(costs._reads) > 1
+    forget_prefixes(case.engine)
+    plain = case.engine.generate(prompt, blend={"mode": "off"}, **settings)
+    again = case.engine.generate(prompt, blend=AUTO, **settings)
+    assert again.stats.decision == "prefix"  # its plain blocks: nobody finds others under their names
+    assert_alike([answer, again], [plain, plain])
+    forget_prefixes(case.engine)
+    assert case.engine.generate(another, blend=AUTO, max_tokens=1).stats.decision == "blend"
+
+
+def test_what_is_in_memory_is_blended_without_what_is_not(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that without the chunks left out, also where one more is lost on the way."""
+    go, _ = slow_disk
+    half, worker = connectors(case.engine)[0]._scheduler, connectors(case.engine)[1]._worker
+    prompt, settings = case.prompt(0), {"max_tokens": 4, "logprobs": 3}
+    left_out, *known = keys_in(case, prompt)
+    costs = slow_disk_costs(case, monkeypatch)
+    costs.note_asked(10**9)  # it is left there
+    read = worker._store.get
+
+    def ask(lost: str | None = None) -> Any:
+        forget_prefixes(case.engine)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(half, "_memory", MemoryTier(1 << 30))
+            for key in known:
+                half._memory.add(key, 1)
+            patch.setattr(worker._store, "get", lambda key: None if key == lost else read(key))
+            return case.engine.generate(prompt, blend=AUTO, **settings)
+
+    go.set()
+    answer = ask()
+    assert (answer.stats.decision, answer.stats.faults) == ("blend", 0)
+    assert answer.stats.reason.endswith("; 1 known chunks are on disk, where reading takes longer than prefill")
+    lost = ask(known[-1])
+    assert (lost.stats.decision, lost.stats.faults) == ("blend", 1)
+
+    def expected(*missing: str) -> Any:
+        forget_prefixes(case.engine)
+        match = half._library.match
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(half._library, "match", lambda ids, exclude: match(ids, {*exclude, *missing}))
+            return case.engine.generate(prompt, blend={"mode": "blend"}, **settings)
+
+    assert_alike([answer, lost], [expected(left_out), expected(left_out, known[-1])])
+
+
+def test_blended_blocks_in_the_prefix_cache_need_no_disk(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, readers = slow_disk
+    go.set()
+    half = connectors(case.engine)[0]._scheduler
+    prompt = case.prompt(0) + " " + "And so on. " * 5  # past the last chunk: all its blocks are full
+    first = case.engine.generate(prompt, max_tokens=4, logprobs=3, blend=AUTO)
+    assert first.stats.decision == "blend"
+    slow_disk_costs(case, monkeypatch)
+    monkeypatch.setattr(half, "_memory", MemoryTier(1 << 30))  # they have been dropped
+    del readers[:]
+    again = case.engine.generate(prompt, max_tokens=4, logprobs=3, blend=AUTO)
+    assert again.stats.prefix_tokens >= len(case.ids(prompt)) - BLOCK
+    assert "disk" not in again.stats.reason
+    assert readers == []
+    assert_alike([again], [first])
+
+
+def test_without_memory_steps_read_what_is_sooner_read(engines: Engines, model: str, tmp_path: Path) -> None:
+    engine = engines.get(model, open_store(tmp_path, memory_bytes=0))
+    engine.warm(CHUNKS)
+    case = Case(engine, CHUNKS)
+    half = connectors(engine)[0]._scheduler
+    assert 0 < half.costs.prefill < 1
+    assert engine.generate(case.prompt(0), max_tokens=1, blend=AUTO).stats.decision == "blend"
+    step(case)
+    assert half.costs._reads  # the step's own reads
+    half.costs.prefill = 1e-12
+    assert engine.generate(case.prompt(1), max_tokens=1, blend=AUTO).stats.decision == "prefill"
+    assert engine.generate(case.prompt(2), max_tokens=1, blend={"mode": "blend"}).stats.decision == "blend"
 
 
 def test_a_request_does_not_wait_for_ever(

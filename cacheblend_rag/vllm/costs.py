@@ -1,0 +1,109 @@
+"""Whether chunks on disk are worth waiting for: what reading them takes, against computing what they spare."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+_LATELY = 16  # reports: a disk's speed depends on who else reads
+
+
+class ReadClock:
+    """Times reads by several threads, which together are busy for less than the sum of their times."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._since = 0.0
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def begin(self) -> None:
+        """A thread begins to read a chunk."""
+        with self._lock:
+            if not self._readers:
+                self._since = time.perf_counter()
+            self._readers += 1
+
+    def end(self, tokens: int) -> None:
+        """It has read so many tokens; none, if it failed."""
+        with self._lock:
+            now = time.perf_counter()
+            self._seconds += now - self._since
+            self._since = now
+            self._tokens += tokens
+            self._readers -= 1
+
+    def take(self) -> tuple[int, float]:
+        """Tokens read since this was last called, and seconds that somebody was reading; (0, 0.0) if none were."""
+        with self._lock:
+            if not self._tokens:
+                return 0, 0.0
+            taken = self._tokens, self._seconds
+            self._tokens, self._seconds = 0, 0.0
+            return taken
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskChunk:
+    """A chunk that a prompt needs and that is on disk.
+
+    Attributes:
+        key: The chunk's.
+        to_read: Its tokens; 0 if it is being read already.
+        spared: Tokens of the prompt that need not be computed with it.
+    """
+
+    key: str
+    to_read: int
+    spared: float
+
+
+class DiskCosts:
+    """What is known of an engine's disk and of its model.
+
+    Attributes:
+        prefill: What plain prefill takes at least, in seconds a token; None: not known.
+    """
+
+    def __init__(self) -> None:
+        self.prefill: float | None = None
+        self._reads: deque[tuple[int, float]] = deque(maxlen=_LATELY)
+        self._busy_until = 0.0  # time.monotonic()
+
+    def note_read(self, tokens: int, seconds: float) -> None:
+        """So many tokens of chunks, at least one, took so long from disk to memory."""
+        self._reads.append((tokens, seconds))
+
+    def note_asked(self, tokens: int) -> None:
+        """So many tokens of chunks are to be read, behind all that are to be read already."""
+        self._busy_until = max(self._busy_until, time.monotonic()) + tokens * (self._read or 0.0)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until all that is to be read should have been."""
+        return max(0.0, self._busy_until - time.monotonic())
+
+    def too_slow(self, chunks: Sequence[DiskChunk]) -> set[str]:
+        """Those chunks that prefill is done with sooner than they are read. None, as long as too little is known.
+
+        Args:
+            chunks: On disk, of one prompt.
+        """
+        if self.prefill is None or self._read is None:
+            return set()
+        worth = [chunk for chunk in chunks if chunk.to_read * self._read <= chunk.spared * self.prefill]
+        seconds = self.wait + sum(chunk.to_read for chunk in worth) * self._read
+        if seconds > sum(chunk.spared for chunk in worth) * self.prefill:
+            worth = []
+        return {chunk.key for chunk in chunks} - {chunk.key for chunk in worth}
+
+    @property
+    def _read(self) -> float | None:
+        """Seconds a token from disk to memory; None: nothing has been read yet."""
+        if not self._reads:
+            return None
+        return sum(seconds for _, seconds in self._reads) / sum(tokens for tokens, _ in self._reads)

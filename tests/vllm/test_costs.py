@@ -1,0 +1,116 @@
+"""Which chunks on disk are worth waiting for."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cacheblend_rag.vllm.costs import DiskChunk, DiskCosts, ReadClock
+
+disk_chunks = st.lists(
+    st.builds(DiskChunk, st.uuids().map(str), st.integers(0, 4096), st.floats(0, 4096)), max_size=8, unique_by=repr
+)
+seconds_a_token = st.floats(1e-7, 1e-1)
+
+
+def known(prefill: float, read: float) -> DiskCosts:
+    costs = DiskCosts()
+    costs.prefill = prefill
+    costs.note_read(100, 100 * read)
+    return costs
+
+
+@given(chunks=disk_chunks, prefill=seconds_a_token, read=seconds_a_token)
+def test_what_is_waited_for_is_read_sooner_than_prefilled(chunks: list[DiskChunk], prefill: float, read: float) -> None:
+    """Each chunk by itself, and all together; and no chunk that is, is left out."""
+    slow = known(prefill, read).too_slow(chunks)
+    for chunk in chunks:
+        assert (chunk.key in slow) == (chunk.to_read * read > chunk.spared * prefill * (1 + 1e-9)) or (
+            chunk.to_read * read == pytest.approx(chunk.spared * prefill)
+        )
+
+
+@given(chunks=disk_chunks, asked=st.integers(1, 10**6), prefill=seconds_a_token, read=seconds_a_token)
+def test_what_is_read_before_counts(chunks: list[DiskChunk], asked: int, prefill: float, read: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        now = 1000.0
+        patch.setattr(time, "monotonic", lambda: now)
+        costs = known(prefill, read)
+        alone = costs.too_slow(chunks)
+        costs.note_asked(asked)
+        assert costs.wait == pytest.approx(asked * read)
+        behind = costs.too_slow(chunks)
+        assert alone <= behind
+        kept = [chunk for chunk in chunks if chunk.key not in behind]
+        gain = sum(chunk.spared for chunk in kept) * prefill
+        assert not kept or (asked + sum(chunk.to_read for chunk in kept)) * read <= gain * (1 + 1e-9)
+        now += asked * read + 1  # nobody has told that they have come; but they should have
+        assert costs.wait == 0
+        assert costs.too_slow(chunks) == alone
+
+
+def test_nothing_is_left_out_as_long_as_too_little_is_known() -> None:
+    chunk = DiskChunk("a", 100, 0)
+    costs = DiskCosts()
+    costs.note_asked(1000)
+    assert costs.wait == 0
+    assert costs.too_slow([chunk]) == set()
+    costs.prefill = 1e-6
+    assert costs.too_slow([chunk]) == set()
+    costs.note_read(1, 1.0)
+    assert costs.too_slow([chunk]) == {"a"}
+
+
+def test_a_disk_is_judged_by_what_it_did_lately() -> None:
+    chunk = DiskChunk("a", 100, 85)
+    costs = known(prefill=1e-3, read=1.0)
+    assert costs.too_slow([chunk]) == {"a"}
+    for _ in range(16):
+        costs.note_read(1000, 0.1)
+    assert costs.too_slow([chunk]) == set()
+
+
+def test_threads_that_read_at_once_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = ReadClock()
+    assert clock.take() == (0, 0.0)
+    clock.begin()
+    now = 1.0
+    clock.begin()
+    now = 3.0
+    clock.end(100)
+    assert clock.take() == (100, 3.0)
+    now = 4.0
+    clock.end(0)  # it failed: its time counts with the next one's
+    assert clock.take() == (0, 0.0)
+    now = 10.0  # nobody reads
+    clock.begin()
+    now = 12.0
+    clock.end(50)
+    assert clock.take() == (50, 3.0)
+    assert clock.take() == (0, 0.0)
+
+
+def test_many_threads() -> None:
+    clock = ReadClock()
+    started = time.perf_counter()
+
+    def read() -> None:
+        for _ in range(20):
+            clock.begin()
+            time.sleep(0.001)
+            clock.end(3)
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tokens, seconds = clock.take()
+    assert tokens == 8 * 20 * 3
+    assert 0.02 <= seconds <= time.perf_counter() - started
