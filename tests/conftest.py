@@ -68,12 +68,39 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def example_models(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models of the examples as they fetch them, but for the dtype: many a CPU is slow at bfloat16."""
-    if not (Path(smollm2).parent / "all-minilm-l6-v2").is_dir():
-        pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
+def small_smollm2(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a model with SmolLM2's tokenizer and chat template, and few random weights in float32.
+
+    For what does not depend on answers that make sense: it takes a hundredth of the time.
+    """
+    directory = tmp_path_factory.mktemp("small") / "smollm2-135m-instruct"
+    directory.mkdir()
+    for file in Path(smollm2).resolve().iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            (directory / file.name).symlink_to(file)
+    # Heads of a size that vLLM takes on CPU, and attention that is far from uniform.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2, dtype="float32", **sizes))
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def example_models(small_smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples fetch, with a smaller model in the place of SmolLM2."""
     models = tmp_path_factory.mktemp("models")
-    (models / "all-minilm-l6-v2").symlink_to(Path(smollm2).resolve().parent / "all-minilm-l6-v2")
+    (models / "smollm2-135m-instruct").symlink_to(small_smollm2)
+    (models / "all-minilm-l6-v2").symlink_to(_embedding_model())
+    return models
+
+
+@pytest.fixture(scope="session")
+def fetched_models(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples fetch, but for the dtype: many a CPU is slow at bfloat16."""
+    models = tmp_path_factory.mktemp("models")
+    (models / "all-minilm-l6-v2").symlink_to(_embedding_model())
     model = models / "smollm2-135m-instruct"
     model.mkdir()
     for file in Path(smollm2).resolve().iterdir():
@@ -82,6 +109,13 @@ def example_models(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (model / "config.json").unlink()
     (model / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     return models
+
+
+def _embedding_model() -> Path:
+    directory = Path(os.environ["CACHEBLEND_TEST_MODEL"]).resolve().parent / "all-minilm-l6-v2"
+    if not directory.is_dir():
+        pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
+    return directory
 
 
 @pytest.fixture(scope="session")

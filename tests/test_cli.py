@@ -283,7 +283,7 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path: Path, options: list[str],
     corpus = tmp_path / "large"
     corpus.mkdir()
     rng = random.Random(0)
-    for number in range(20):
+    for number in range(8):
         lines = ("".join(rng.choices("abcdefgh", k=60)) for _ in range(10))
         (corpus / f"{number:02}.txt").write_text("\n".join(lines))
     command = [sys.executable, "-m", "cacheblend_rag.cli", "ingest", corpus, *options, "--chunk-tokens", "61"]
@@ -305,13 +305,13 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path: Path, options: list[str],
     assert out == ""
     assert "Traceback" not in err
     stored = len(chunk_files(store))
-    assert 25 <= stored < 200
-    done_files = int(err.splitlines()[-1].removeprefix("interrupted: ").split(" of 20 files done; run the same")[0])
+    assert 25 <= stored < 80
+    done_files = int(err.splitlines()[-1].removeprefix("interrupted: ").split(" of 8 files done; run the same")[0])
     assert done_files in (stored // 10, stored // 10 - 1)
 
     report = document("ingest", corpus, *options, "--chunk-tokens", 61)
-    assert (report["stored"], report["already_there"]) == (200 - stored, stored)
-    assert done("store", "verify", "--store", store).startswith("200 chunks sound, 0 problems")
+    assert (report["stored"], report["already_there"]) == (80 - stored, stored)
+    assert done("store", "verify", "--store", store).startswith("80 chunks sound, 0 problems")
 
 
 def test_progress_is_shown_on_a_terminal(corpus: Path, options: list[str]) -> None:
@@ -348,18 +348,18 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def test_profile_measures_a_model(smollm2: str, store: Path, questions: Path) -> None:
-    arguments = ["profile", smollm2, "--store", store, "--data", questions, "--dtype", "float32"]
+def test_profile_measures_a_model(small_smollm2: str, store: Path, questions: Path) -> None:
+    arguments = ["profile", small_smollm2, "--store", store, "--data", questions, "--dtype", "float32"]
     report = document(*arguments, "--questions", 1, "--ratio", 0.2)
     assert json.loads(Path(report.pop("path")).read_text()) == report
-    assert report["question_layers"] == [15, 30]  # one question shows nothing beyond chance
+    assert report["question_layers"] == [2, 4]  # one question shows nothing beyond chance
     measured = report["measured"]
     assert (measured["questions"], measured["recompute_ratio"], measured["left_out"]) == (1, 0.2, [])
-    assert measured["candidates"][0]["layers"] == [15, 30]
+    assert measured["candidates"][0]["layers"] == [2, 4]
     assert 0 < min(row["kl"] for row in measured["candidates"]) < measured["full_reuse_kl"]
     assert chunk_files(store) == []  # what was warmed for it is gone
-    with cacheblend_rag.load_engine(smollm2, store=store, dtype="float32") as engine:
-        assert engine.blend.question_layers == (15, 30)
+    with cacheblend_rag.load_engine(small_smollm2, store=store, dtype="float32") as engine:
+        assert engine.blend.question_layers == (2, 4)
 
 
 def test_profile_for_people(models: list[str], store: Path, questions: Path) -> None:

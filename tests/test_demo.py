@@ -1,4 +1,4 @@
-"""The demo, as a user would run it, on the models that `make demo` fetches, in float32."""
+"""The demo, as a user would run it: on a few documents, and on the models that `make demo` fetches, in float32."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_demo_twice(few_documents: Path, example_models: Path, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_demo_on_the_whole_corpus(example_models: Path, tmp_path: Path, engine: str) -> None:
+def test_demo_on_the_whole_corpus(fetched_models: Path, tmp_path: Path, engine: str) -> None:
     if engine == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed: run `make vllm`")
-    shown = run_demo(EXAMPLES, example_models, tmp_path / "work", "--engine", engine, "--questions", "1")
+    shown = run_demo(EXAMPLES, fetched_models, tmp_path / "work", "--engine", engine, "--questions", "1")
     for part in ("of 72 documents indexed and warm", "full prefill", "blend", "times sooner"):
         assert part in shown

@@ -122,9 +122,9 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_a_run_and_its_merge(
-    smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["--model", smollm2, "--dtype", "float32", "--device", "cpu", "--data", data, "--max-tokens", 3]
+    common = ["--model", small_smollm2, "--dtype", "float32", "--device", "cpu", "--data", data, "--max-tokens", 3]
     paths = {name: tmp_path / "results" / name for name in ("a.jsonl", "a.json", "b.jsonl", "b.json", "plot.svg")}
     budgets = ["--policies", "query_aware", "--budgets", "0.5,auto,1"]
     run(monkeypatch, *common, *budgets, "--answers", "--records", paths["a.jsonl"], "--json", paths["a.json"])
@@ -190,13 +190,13 @@ def test_a_run_on_the_example_corpus(smollm2: str, tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_not_blended_is_left_out(
-    smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mode that was served by plain prefill would look perfect."""
     monkeypatch.setattr(quality, "rag_messages", lambda passages, text: rag_messages(["no passage"], text))
     path = tmp_path / "report.json"
     arguments = ["--data", data, "--questions", 1, "--budgets", "0.5", "--json", path]
-    run(monkeypatch, "--model", smollm2, "--dtype", "float32", "--device", "cpu", *arguments)
+    run(monkeypatch, "--model", small_smollm2, "--dtype", "float32", "--device", "cpu", *arguments)
     (dataset,) = json.loads(path.read_text())["datasets"]
     assert dataset["left_out"] == ["0: full reuse: only an exact prefix is known, 0 faults"]
     assert dataset["rows"] == []

@@ -1,4 +1,4 @@
-"""Over HTTP, with real SmolLM2: ``cacheblend serve`` and a bare vLLM server on one store, and the engine that talks to
+"""Over HTTP: ``cacheblend serve`` and a bare vLLM server on one store, and the engine that talks to
 them."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, engines: Engines) -> Path:
 
 
 @pytest.fixture(scope="module")
-def replicas(folder: Path, smollm2: str) -> Iterator[tuple[str, str]]:
+def replicas(folder: Path, small_smollm2: str) -> Iterator[tuple[str, str]]:
     """Base URLs of ``served`` and ``bare``. They start side by side: mostly they wait for imports."""
     (folder / "primer.txt").write_text(PRIMER)
     (folder / "template.jinja").write_text(TEMPLATE)
@@ -68,8 +68,8 @@ def replicas(folder: Path, smollm2: str) -> Iterator[tuple[str, str]]:
     extra = {"store": str(folder / "store"), "namespace": "test", "primer": PRIMER, "blend": {"mode": "blend"}}
     bare_options = [*transfer_config(**extra), "--served-model-name", "smol", "--max-model-len", "4096"]
     servers = [
-        serving([*SERVE, smollm2, *options], folder / "serve.log"),
-        serving([*BARE, smollm2, *bare_options], folder / "bare.log"),
+        serving([*SERVE, small_smollm2, *options], folder / "serve.log"),
+        serving([*BARE, small_smollm2, *bare_options], folder / "bare.log"),
     ]
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         served, bare = pool.map(stack.enter_context, servers)
@@ -97,9 +97,9 @@ def engine(served: str) -> Iterator[ServerEngine]:
 
 
 @pytest.fixture(scope="module")
-def embedded(smollm2: str) -> Iterator[TransformersEngine]:
+def embedded(small_smollm2: str) -> Iterator[TransformersEngine]:
     """The embedded engine, to compare with."""
-    with load_engine(smollm2, dtype="float32", primer=PRIMER, namespace="test", blend=BLEND) as engine:
+    with load_engine(small_smollm2, dtype="float32", primer=PRIMER, namespace="test", blend=BLEND) as engine:
         assert isinstance(engine, TransformersEngine)
         engine.warm(CHUNKS)
         yield engine
@@ -443,8 +443,8 @@ def test_templates_and_tokens_are_the_servers(engine: ServerEngine) -> None:
     assert engine.count_tokens("hello world") == 2
 
 
-def test_chats_with_tools_are_those_of_the_template(engine: ServerEngine, folder: Path, smollm2: str) -> None:
-    tokenizer = load_tokenizer(smollm2, Path(smollm2), str(folder / "template.jinja"))
+def test_chats_with_tools_are_those_of_the_template(engine: ServerEngine, folder: Path, small_smollm2: str) -> None:
+    tokenizer = load_tokenizer(small_smollm2, Path(small_smollm2), str(folder / "template.jinja"))
     call = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "é"}'}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "What is it?"},

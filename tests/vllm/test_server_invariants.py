@@ -23,9 +23,8 @@ from .servers import SERVE, serving
 
 TOLERANCE = 1e-4  # largest absolute difference of log-probabilities, float32
 TOP = 20  # log-probabilities that are compared at each token
-# A server's start costs most. That real weights and every architecture are blended rightly is tested in process, and
-# that a server answers as the embedded engine, with real weights, in test_server.
-MODELS = ["qwen3", "moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm2", "qwen2"))]
+# A server's start costs most. That real weights and every architecture are blended rightly is tested in process.
+MODELS = ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm2", "qwen2", "moe"))]
 
 
 @pytest.fixture(scope="module", params=MODELS)
