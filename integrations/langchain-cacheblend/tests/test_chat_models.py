@@ -76,6 +76,11 @@ def model(chat_engine: Engine) -> ChatCacheBlend:
     return ChatCacheBlend(engine=chat_engine, max_tokens=LENGTH)
 
 
+@pytest.fixture
+def real_model(real_chat_engine: Engine) -> ChatCacheBlend:
+    return ChatCacheBlend(engine=real_chat_engine, max_tokens=LENGTH)
+
+
 @pytest.fixture(scope="module")
 def question(chat_engine: Engine) -> list[BaseMessage]:
     chat_engine.warm([NOTE])
@@ -135,8 +140,8 @@ def test_a_call_changes_the_blend(model: ChatCacheBlend, question: list[BaseMess
 @pytest.mark.parametrize(
     "choice", ["any", True, "required", "Light", {"type": "function", "function": {"name": "Light"}}]
 )
-def test_tool_choice(model: ChatCacheBlend, choice: Any) -> None:
-    bound = model.bind_tools([Light], tool_choice=choice, parallel_tool_calls=False, max_tokens=48)
+def test_tool_choice(real_model: ChatCacheBlend, choice: Any) -> None:
+    bound = real_model.bind_tools([Light], tool_choice=choice, parallel_tool_calls=False, max_tokens=48)
     message = bound.invoke("It is dark in the cellar.")
     (call,) = message.tool_calls
     assert call["name"] == "Light" and call["id"]
@@ -379,9 +384,9 @@ async def test_several_answers(model: ChatCacheBlend) -> None:
         model.invoke(prompt, n=0)
 
 
-def test_an_answer_goes_on_from_its_beginning(model: ChatCacheBlend) -> None:
+def test_an_answer_goes_on_from_its_beginning(real_model: ChatCacheBlend) -> None:
     messages = [HumanMessage("Count."), AIMessage("one, two, three, four,")]
-    going_on = str(model.invoke(messages, continue_final_message=True).content)
+    going_on = str(real_model.invoke(messages, continue_final_message=True).content)
     assert going_on.split()[0].startswith("five")
 
 

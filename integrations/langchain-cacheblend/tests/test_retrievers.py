@@ -249,9 +249,10 @@ def test_shortened_documents_reuse_what_is_left_of_them(engine: Engine, passages
 
 
 async def test_event_loop_is_not_blocked(
-    engine: Engine, cold: InMemoryVectorStore, assert_loop_runs: AssertLoopRuns
+    real_chat_engine: Engine, cold: InMemoryVectorStore, assert_loop_runs: AssertLoopRuns
 ) -> None:
-    await assert_loop_runs(CacheBlendRetriever(retriever=cold.as_retriever(), engine=engine).ainvoke("query"))
+    retriever = CacheBlendRetriever(retriever=cold.as_retriever(), engine=real_chat_engine)
+    await assert_loop_runs(retriever.ainvoke("query"))
 
 
 async def test_model_store_and_retriever_share_chunks(

@@ -33,8 +33,14 @@ def _faiss() -> FAISS:
 
 
 @pytest.fixture(params=[lambda: InMemoryVectorStore(EMBEDDING), _faiss], ids=["memory", "faiss"])
-def store(request: pytest.FixtureRequest, engine: Engine) -> CacheBlendVectorStore:
-    return CacheBlendVectorStore(request.param(), engine)
+def index(request: pytest.FixtureRequest) -> VectorStore:
+    made: VectorStore = request.param()
+    return made
+
+
+@pytest.fixture
+def store(index: VectorStore, engine: Engine) -> CacheBlendVectorStore:
+    return CacheBlendVectorStore(index, engine)
 
 
 def _documents(texts: list[str], **metadata: Any) -> list[Document]:
@@ -274,8 +280,9 @@ def test_failing_index_leaves_warm_chunks_only(engine: Engine, passages: Passage
 
 
 async def test_event_loop_is_not_blocked(
-    store: CacheBlendVectorStore, passages: Passages, assert_loop_runs: AssertLoopRuns
+    index: VectorStore, real_chat_engine: Engine, passages: Passages, assert_loop_runs: AssertLoopRuns
 ) -> None:
+    store = CacheBlendVectorStore(index, real_chat_engine)
     await assert_loop_runs(store.aadd_documents(_documents(passages(3))))
     await assert_loop_runs(store.aadd_texts(passages(3)))
 
