@@ -33,7 +33,7 @@ from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
-from cacheblend_rag.vllm.messages import BlendJob, StepJobs, WorkerFacts, WorkerReports
+from cacheblend_rag.vllm.messages import BlendJob, Refusal, StepJobs, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
 from cacheblend_rag.vllm.probe import measure_prefill, probe, probed_kernel_passes
@@ -76,6 +76,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._promised: dict[str, BlendJob] = {}  # prompts that the workers are to fill in, by request
         self._worker: WorkerHalf | None = None
         self._prefill_seconds: float | None = None
+        self._has_told = False
         self._failed_blocks: set[int] = set()
         self._unsupported = ""
         try:
@@ -139,10 +140,15 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """See the base class."""
-        for facts in metadata.values():
-            if self._scheduler is not None and isinstance(facts, WorkerFacts):
-                self._scheduler.refusal = facts.refusal or self._scheduler.refusal
-                self._scheduler.costs.prefill = facts.prefill_seconds
+        for refusal in metadata.values():
+            if self._scheduler is not None and isinstance(refusal, Refusal):
+                self._scheduler.refusal = refusal.reason
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """See the base class. Which rank of a pipeline refuses its model does not matter."""
+        self.set_xfer_handshake_metadata(dict(enumerate(metadata.values())))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
@@ -169,12 +175,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         except UnsupportedModelError as error:
             self._give_up(error)
             return
-        self._prefill_seconds = measure_prefill(model)
         self._worker = WorkerHalf(model, self._open_store())
+        self._prefill_seconds = measure_prefill(model)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """See the base class. What vLLM carries to the scheduler before it serves."""
-        return WorkerFacts(self._unsupported, self._prefill_seconds)
+        """See the base class. What vLLM carries to the scheduler before it serves: that the loaded model won't do."""
+        return Refusal(self._unsupported) if self._unsupported else None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See the base class."""
@@ -218,7 +224,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if self._worker is None:
             return None
         reports, brought, read = self._worker.take_reports(), self._worker.take_brought(), self._worker.take_read()
-        return WorkerReports(self._engine_id, reports, brought, read) if reports or brought or read[0] else None
+        if self._has_told and not (reports or brought or read[0]):
+            return None
+        prefill_seconds = None if self._has_told else self._prefill_seconds
+        self._has_told = True
+        return WorkerReports(self._engine_id, reports, brought, read, prefill_seconds)
 
     # Anywhere
 

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,7 @@ class _Earlier:
     rest: bytes
     length: int
     segments: tuple[Segment, ...]
+    left_out: frozenset[str]
     marks: Marks
 
 
@@ -160,9 +161,11 @@ class Salts:
         settings = _settings(config)
         marks: Marks = ()
         since = first_block * self._block_size
-        earlier = self._find(ids, plain, settings, segments, first_block)
-        if earlier is not None:
-            marks, since = earlier.marks, earlier.length
+        for earlier in self._find(ids, plain, settings):
+            known = tuple(segment for segment in segments if segment.start < earlier.length)
+            if earlier.marks[0][0] <= first_block and known == earlier.segments:
+                marks, since = earlier.marks, earlier.length
+                break
         new = [segment for segment in segments if segment.end > since]
         if new or not marks:
             # What stands after the last segment decides the blended values only if the policy looks at the question.
@@ -174,15 +177,24 @@ class Salts:
             )
         return marks
 
+    def left_out_before(self, ids: TokenIds, plain: Sequence[bytes], config: BlendConfig) -> frozenset[str]:
+        """Keys of known chunks that the turn before was blended without. With them, its blocks would not be found."""
+        return next((earlier.left_out for earlier in self._find(ids, plain, _settings(config))), frozenset())
+
     def remember(
-        self, ids: TokenIds, plain: Sequence[bytes], segments: Sequence[Segment], config: BlendConfig, marks: Marks
+        self,
+        ids: TokenIds,
+        plain: Sequence[bytes],
+        segments: Sequence[Segment],
+        config: BlendConfig,
+        left_out: frozenset[str],
+        marks: Marks,
     ) -> None:
         """A prompt is blended with the salts that :meth:`choose` gave: a next turn goes on from it."""
         if not plain:
             return
-        new = _Earlier(
-            _settings(config), ids[len(plain) * self._block_size :].tobytes(), len(ids), tuple(segments), marks
-        )
+        rest = ids[len(plain) * self._block_size :].tobytes()
+        new = _Earlier(_settings(config), rest, len(ids), tuple(segments), left_out, marks)
         others = [
             one for one in self._earlier.pop(plain[-1], ()) if (one.settings, one.rest) != (new.settings, new.rest)
         ]
@@ -198,23 +210,15 @@ class Salts:
         self._age += 1
         self._earlier.clear()
 
-    def _find(
-        self, ids: TokenIds, plain: Sequence[bytes], settings: str, segments: Sequence[Segment], first_block: int
-    ) -> _Earlier | None:
-        """The longest earlier prompt that this one begins with and that was blended alike, itself included."""
+    def _find(self, ids: TokenIds, plain: Sequence[bytes], settings: str) -> Iterator[_Earlier]:
+        """Earlier prompts that this one begins with and that were blended alike, longest first, itself included."""
         if self._earlier.keys().isdisjoint(plain):  # as most prompts are, and much faster to find out
-            return None
+            return
         for blocks in range(len(plain), 0, -1):
             for earlier in self._earlier.get(plain[blocks - 1], ()):
                 rest = ids[blocks * self._block_size :].tobytes()
-                if (
-                    earlier.settings == settings
-                    and rest.startswith(earlier.rest)
-                    and earlier.marks[0][0] <= first_block
-                    and tuple(s for s in segments if s.start < earlier.length) == earlier.segments
-                ):
-                    return earlier
-        return None
+                if earlier.settings == settings and rest.startswith(earlier.rest):
+                    yield earlier
 
     def _digest(self, settings: str, segments: Sequence[Segment], plain: Sequence[bytes], read: TokenIds) -> str:
         hasher = hashlib.blake2b(digest_size=16)

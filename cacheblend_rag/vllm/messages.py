@@ -89,11 +89,13 @@ class Box:
         reports: By request id.
         brought: Bytes of chunks that are in memory now, by key.
         read: Tokens of chunks that were read from disk, and seconds that it took.
+        prefill_seconds: What plain prefill takes at least, a token; None: not known.
     """
 
     reports: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     brought: dict[str, int] = dataclasses.field(default_factory=dict)
     read: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    prefill_seconds: float | None = None
 
 
 class WorkerReports(KVConnectorWorkerMetadata):
@@ -108,17 +110,25 @@ class WorkerReports(KVConnectorWorkerMetadata):
         reports: By request id.
         brought: Bytes of chunks that have been brought to memory, by key.
         read: Tokens of chunks that were read from disk, and seconds that it took; (0, 0.0) if none were.
+        prefill_seconds: What plain prefill takes at least, a token; None: not known, or told before.
     """
 
     def __init__(
-        self, engine_id: str, reports: dict[str, dict[str, Any]], brought: dict[str, int], read: tuple[int, float]
+        self,
+        engine_id: str,
+        reports: dict[str, dict[str, Any]],
+        brought: dict[str, int],
+        read: tuple[int, float],
+        prefill_seconds: float | None,
     ) -> None:
-        self._told = engine_id, reports, brought, read
-        if engine_id in _boxes:
-            _boxes[engine_id].reports.update(reports)
-            _boxes[engine_id].brought.update(brought)
+        self._told = engine_id, reports, brought, read, prefill_seconds
+        box = _boxes.get(engine_id)
+        if box is not None:
+            box.reports.update(reports)
+            box.brought.update(brought)
+            box.prefill_seconds = prefill_seconds or box.prefill_seconds
             if read[0]:
-                _boxes[engine_id].read.append(read)
+                box.read.append(read)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WorkerReports, self._told
@@ -142,13 +152,11 @@ def close_box(engine_id: str) -> None:
 
 
 @dataclasses.dataclass
-class WorkerFacts(KVConnectorHandshakeMetadata):
-    """What a worker tells the scheduler half before anything is served.
+class Refusal(KVConnectorHandshakeMetadata):
+    """A worker tells the scheduler half, before anything is served, that its model can't be blended.
 
     Attributes:
-        refusal: Why its model can't be blended, empty if it can.
-        prefill_seconds: What plain prefill takes at least, a token; None if the model can't be blended.
+        reason: Why.
     """
 
-    refusal: str
-    prefill_seconds: float | None
+    reason: str

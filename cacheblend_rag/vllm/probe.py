@@ -36,9 +36,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _FLOAT8_TOLERANCE = 0.12  # a key is rounded once where it is computed, twice where it is shifted
 _THROUGH_LAYERS = 5
 _WRONG = 100.0  # far from any key or value
-# What longer passes gain is little, and a start should not wait for them.
-_PASSES = (32, 128, 512, 2048)
-_LONG_ENOUGH = 0.05  # seconds
+_PASSES = (32, 128, 512, 2048)  # rows: more gain little
+_MOST_SECONDS = 1.0  # that a start waits for them
+_GAIN = 0.9
 
 
 @torch.inference_mode()
@@ -87,26 +87,38 @@ def probed_kernel_passes(model: PagedModel, gpu_bytes: int, codec: str) -> Kerne
 
 
 @torch.inference_mode()
-def measure_prefill(model: PagedModel) -> float:
-    """What plain prefill takes at least, in seconds a token: of the longest pass tried, which tells most.
+def measure_prefill(model: PagedModel) -> float | None:
+    """What plain prefill takes at least, in seconds a token; None if it can't be told.
 
-    Passes of one prompt, so attention over a long one comes on top.
+    Passes grow as long as that makes a token cheaper: short ones wait for the weights, or for the host. Attention over
+    a long prompt comes on top.
     """
-    blocks = model.kv.num_blocks - 1
-    seconds = float("inf")
-    for rows in _PASSES:
-        rows = min(rows, blocks * model.kv.block_size, model.max_rows)
-        places = torch.arange(rows, device=model.kv.device)
-        block_ids = torch.arange(1, -(-rows // model.kv.block_size) + 1, device=model.kv.device)
-        took = float("inf")
-        for _ in range(2):  # the first one may have to choose kernels
-            started = time.perf_counter()
-            run_rows(model, torch.zeros_like(places), places, places, block_ids)[-1].cpu()
-            took = min(took, time.perf_counter() - started)
-        seconds = min(seconds, took / rows)
-        if any(model.agree([took >= _LONG_ENOUGH])):
-            break
+    longest = min((model.kv.num_blocks - 1) * model.kv.block_size, model.max_rows, len(model.cos_sin))
+    seconds, since = float("inf"), time.perf_counter()
+    try:
+        for rows in _PASSES:
+            before, seconds = seconds, min(seconds, _pass_seconds(model, min(rows, longest)) / min(rows, longest))
+            is_over = time.perf_counter() - since > _MOST_SECONDS or seconds > before * _GAIN
+            if any(model.agree([is_over])):
+                break
+    except Exception:  # out of memory, perhaps: nothing depends on it but how long requests wait for disks
+        logger.debug("prefill could not be timed", exc_info=True)
+        return None
     return seconds
+
+
+def _pass_seconds(model: PagedModel, rows: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.vllm_config.model_config.get_vocab_size()
+    token_ids = torch.randint(vocabulary, (rows,), generator=generator).to(model.kv.device)
+    places = torch.arange(rows, device=model.kv.device)
+    block_ids = torch.arange(1, -(-rows // model.kv.block_size) + 1, device=model.kv.device)
+    took = []
+    for _ in range(2):  # the first one may have to choose kernels
+        started = time.perf_counter()
+        run_rows(model, token_ids, places, places, block_ids)[-1].cpu()
+        took.append(time.perf_counter() - started)
+    return min(took)
 
 
 def _kernel_fault(model: PagedModel, passes: KernelPasses, codec: str) -> str:

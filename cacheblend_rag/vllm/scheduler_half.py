@@ -14,8 +14,8 @@ import dataclasses
 import logging
 import struct
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ import numpy as np
 import cacheblend_rag
 from cacheblend_rag.budget import Budget, ratios
 from cacheblend_rag.chunks import TokenIds
-from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.decision import decide
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
 from cacheblend_rag.layout import PromptLayout
@@ -56,6 +55,7 @@ class _Plan:
         layout: Of the prompt behind the hit that was asked for last, until it has blocks.
         hashes: Its block hashes, if it is to be blended.
         marks: Where its blocks are salted; empty unless it is to be blended.
+        cached: Tokens that the prefix cache had of it when it was planned.
         wait: What it waits for, if chunks of it are on disk only.
         left_out: Keys of known chunks that are not used: they are on disk, and prefill is done sooner.
         rows: Most rows that its blend recomputes.
@@ -73,6 +73,7 @@ class _Plan:
     layout: PromptLayout | None = None
     hashes: BlockHashes | None = None
     marks: Marks = ()
+    cached: int = 0
     wait: DiskWait | None = None
     left_out: frozenset[str] = frozenset()
     rows: int = 0
@@ -141,7 +142,6 @@ class SchedulerHalf:
         self._engine_id = engine_id
         self._box = open_box(engine_id)
         self._memory = MemoryTier(settings.memory_bytes)
-        self._coming: set[str] = set()  # chunks that workers have been asked to bring
         self._block_pool: Any = None
         self._salts = Salts(library.scope, block_size)
         self._plans: dict[str, _Plan] = {}
@@ -212,8 +212,7 @@ class SchedulerHalf:
             plan.stats.reason = "goes on from blended blocks in the prefix cache"
         if plan.stats.decision != "blend":
             return 0
-        self._note_brought()
-        if plan.wait is not None and not plan.wait.is_over:
+        if self._is_held_by_disk(plan, hit):
             return None
         if not self._computed(request.block_hashes[: hit // self._block_size]):
             return None
@@ -225,6 +224,24 @@ class SchedulerHalf:
             plan.marks = ((first_block, plan.marks[0][1]),)
             plan.hashes.salt(plan.marks)
         return len(plan.ids) - 1 - hit
+
+    def _is_held_by_disk(self, plan: _Plan, hit: int) -> bool:
+        """Whether a request has to be asked for again: it waits for chunks, or has just given some up."""
+        self._note_brought()
+        if hit < plan.cached:  # blocks have been evicted meanwhile
+            plan.cached = hit
+            self._wait_for_disk(plan, plan.segments)
+        if plan.wait is None or not plan.wait.missing:
+            return False
+        prefill = self.costs.prefill
+        if plan.params.blend.mode != "auto" or prefill is None or plan.block_ids:  # once begun, it goes on as planned
+            return not plan.wait.is_over()
+        if not plan.wait.is_over(plan.wait.spared * prefill):
+            return True
+        self.metrics.count("slow_chunks", len(plan.wait.missing))
+        plan.left_out |= plan.wait.missing
+        self._plan_blends(plan)
+        return True  # what it hits under its new hashes is for vLLM to say
 
     def _computed(self, hit_hashes: Sequence[bytes]) -> bool:
         """Whether blocks that were hit have been computed before this step.
@@ -248,13 +265,16 @@ class SchedulerHalf:
         """Chunks have come to memory, which requests may be waiting for."""
         while self._box.brought:
             key, nbytes = self._box.brought.popitem()
-            self._coming.discard(key)
+            self.costs.note_come(key)
             self._memory.add(key, nbytes)
             for plan in self._plans.values():
                 if plan.wait is not None:
                     plan.wait.missing.discard(key)
-        while self._box.read:
-            self.costs.note_read(*self._box.read.pop())
+        for tokens, seconds in self._box.read:
+            self.costs.note_read(tokens, seconds)
+        self._box.read.clear()
+        if self._box.prefill_seconds is not None:
+            self.costs.prefill, self._box.prefill_seconds = self._box.prefill_seconds, None
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
@@ -299,7 +319,7 @@ class SchedulerHalf:
                 start = len(self._primer_ids)
                 self._jobs.saves.append(SaveJob(request_id, plan.ids[start:], start, list(plan.block_ids)))
         waits = (plan.wait for plan in self._plans.values() if plan.wait is not None)
-        if not scheduler_output.num_scheduled_tokens and not all(wait.is_over for wait in waits):
+        if not scheduler_output.num_scheduled_tokens and any(wait.missing for wait in waits):
             time.sleep(_IDLE_SECONDS)
         jobs = self._jobs
         self.forget_jobs()
@@ -313,6 +333,8 @@ class SchedulerHalf:
 
     def step_done(self) -> None:
         """A step's output has been processed."""
+        self._note_brought()
+        self.costs.note_heard()
         now = time.time()
         for plan in self._plans.values():
             if plan.first_token_at is None and plan.request.num_output_tokens:
@@ -357,15 +379,31 @@ class SchedulerHalf:
                 plan.stats.reason = f"{most} tokens could be reused, min_reused_tokens is {config.min_reused_tokens}"
                 return
             self._note_brought()
+            if config.mode == "auto":
+                plan.left_out = self._salts.left_out_before(plan.ids, request.block_hashes, config)
+            self._plan_blends(plan)
+
+    def _plan_blends(self, plan: _Plan) -> None:
+        """Plan how a prompt is read if it is blended, where that pays, without chunks that are too slow."""
+        plan.segments, plan.wait = (), None
+        before = plan.left_out
+        try:
+            if plan.hashes is not None:
+                plan.hashes.salt(())
+            hit = self._cached_tokens(plan.request)
             while slow := self._plan_blend(plan, hit):
                 plan.left_out |= slow
-            if plan.left_out:
-                self.metrics.count("slow_chunks", len(plan.left_out))
-                if not self.costs.wait:  # the disk has nothing else to do: for whoever asks next
-                    self._fetch(plan.left_out)
+        except BaseException:
+            if plan.hashes is not None:
+                plan.hashes.salt(())
+            raise
+        if left_out := plan.left_out - before:
+            self.metrics.count("slow_chunks", len(left_out))
+            if not self.costs.wait:  # the disk has nothing else to do: for whoever asks next
+                self._fetch(sorted(left_out) if self._settings.memory_bytes else [min(left_out)])
 
     def _plan_blend(self, plan: _Plan, hit: int) -> set[str]:
-        """Plan how a prompt is read if it is blended, where that pays.
+        """Plan how a prompt is read with the chunks that are not left out.
 
         Args:
             plan: The request's; chunks that it leaves out are treated as not warm.
@@ -396,45 +434,46 @@ class SchedulerHalf:
             plan.marks = ((first_block, plan.marks[-1][1]),)
             plan.hashes.salt(plan.marks)
             cached = self._cached_tokens(request)
-        needed = [segment.since(cached) for segment in segments if segment.end > cached]
-        missing = self._memory.missing(dict.fromkeys(segment.key for segment in needed))
-        if slow := self._too_slow(needed, missing, config):
-            return slow
-        if missing:
-            self._fetch(missing)
-            plan.wait = DiskWait(set(missing))
-        self._salts.remember(plan.ids, plan.hashes.plain, segments, config, marks)
+        plan.cached = cached
+        if config.mode == "auto":
+            chunks = self._on_disk(plan, segments)
+            if slow := self.costs.too_slow(chunks, lost=max(cached - hit, 0)):  # they are found with these salts only
+                return slow
+        self._wait_for_disk(plan, segments)
+        self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, marks)
         plan.layout = layout
         plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
         return set()
 
-    def _too_slow(self, needed: Sequence[Segment], missing: Sequence[str], config: BlendConfig) -> set[str]:
-        """Keys of chunks that prefill is done with sooner than they are read.
+    def _on_disk(self, plan: _Plan, segments: Sequence[Segment]) -> list[DiskChunk]:
+        """The chunks of some runs that are neither in the prefix cache nor in memory."""
+        reused = 1 - ratios(plan.params.blend)[1]
+        spared: dict[str, float] = {}
+        for segment in segments:
+            if segment.end > plan.cached:
+                spared[segment.key] = spared.get(segment.key, 0.0) + segment.since(plan.cached).length * reused
+        # Without memory, all are: steps read them.
+        missing = self._memory.missing(spared) if self._settings.memory_bytes else spared
+        return [
+            DiskChunk(key, 0 if self.costs.is_coming(key) else self._tokens_of(key), spared[key]) for key in missing
+        ]
 
-        Args:
-            needed: Runs of chunks that are not in the prefix cache.
-            missing: Keys of those that are to be brought to memory.
-            config: The request's settings.
-        """
-        if config.mode != "auto":
-            return set()
-        if not self._settings.memory_bytes:  # which keeps nothing: steps read from disk
-            missing = list(dict.fromkeys(segment.key for segment in needed))
-        spared = Counter[str]()
-        for segment in needed:
-            spared[segment.key] += segment.length
-        reused = 1 - ratios(config)[1]
-        return self.costs.too_slow([DiskChunk(key, self._tokens_to_read(key), spared[key] * reused) for key in missing])
+    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment]) -> None:
+        """Let a request wait for what of it is on disk."""
+        chunks = self._on_disk(plan, segments) if self._settings.memory_bytes else []
+        if chunks:
+            keys = [chunk.key for chunk in chunks]
+            self._fetch(keys)
+            plan.wait = DiskWait(set(keys), sum(chunk.spared for chunk in chunks))
 
-    def _fetch(self, keys: Collection[str]) -> None:
+    def _fetch(self, keys: Sequence[str]) -> None:
         """Have chunks brought from disk to the workers' memory."""
         self._jobs.prefetches.extend(keys)
-        self.costs.note_asked(sum(map(self._tokens_to_read, keys)))
-        self._coming.update(keys)
+        for key in self._memory.missing(dict.fromkeys(keys)):
+            self.costs.note_asked(key, self._tokens_of(key))
 
-    def _tokens_to_read(self, key: str) -> int:
-        """Tokens of a chunk on disk, unless it is on its way already."""
-        ids = None if key in self._coming else self._library.store.ids(key)
+    def _tokens_of(self, key: str) -> int:
+        ids = self._library.store.ids(key)
         return 0 if ids is None else len(ids)
 
     def _cached_tokens(self, request: Any) -> int:

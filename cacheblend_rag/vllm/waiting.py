@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -52,13 +53,14 @@ class DiskWait:
 
     Attributes:
         missing: Keys of chunks that are on their way to memory.
-        until: ``time.monotonic()`` from which on it waits no longer.
+        spared: Tokens that need not be computed with them.
+        began: ``time.monotonic()``.
     """
 
     missing: set[str]
-    until: float = dataclasses.field(default_factory=lambda: time.monotonic() + _MOST_SECONDS)
+    spared: float
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the request may go on."""
-        return not self.missing or time.monotonic() > self.until
+    def is_over(self, most_seconds: float = math.inf) -> bool:
+        """Whether the request may go on, or at least waits no longer."""
+        return not self.missing or time.monotonic() - self.began > min(most_seconds, _MOST_SECONDS)

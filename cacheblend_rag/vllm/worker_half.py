@@ -245,7 +245,7 @@ class WorkerHalf:
         try:
             chunk = self._store.get(key)
             if chunk is not None:
-                if pin and self._model.kernel_passes is not None:
+                if pin and isinstance(self._store, TieredStore) and self._model.kernel_passes is not None:
                     self._model.kernel_passes.stream.pinned.pin(chunk)
                 tokens = len(chunk.ids)
             return chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -34,29 +35,72 @@ def test_what_is_waited_for_is_read_sooner_than_prefilled(chunks: list[DiskChunk
         )
 
 
-@given(chunks=disk_chunks, asked=st.integers(1, 10**6), prefill=seconds_a_token, read=seconds_a_token)
-def test_what_is_read_before_counts(chunks: list[DiskChunk], asked: int, prefill: float, read: float) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        now = 1000.0
-        patch.setattr(time, "monotonic", lambda: now)
-        costs = known(prefill, read)
-        alone = costs.too_slow(chunks)
-        costs.note_asked(asked)
-        assert costs.wait == pytest.approx(asked * read)
-        behind = costs.too_slow(chunks)
-        assert alone <= behind
-        kept = [chunk for chunk in chunks if chunk.key not in behind]
-        gain = sum(chunk.spared for chunk in kept) * prefill
-        assert not kept or (asked + sum(chunk.to_read for chunk in kept)) * read <= gain * (1 + 1e-9)
-        now += asked * read + 1  # nobody has told that they have come; but they should have
-        assert costs.wait == 0
-        assert costs.too_slow(chunks) == alone
+@given(chunks=disk_chunks, lost=st.integers(0, 10**4), prefill=seconds_a_token, read=seconds_a_token)
+def test_what_is_lost_with_a_chunk_counts_too(chunks: list[DiskChunk], lost: int, prefill: float, read: float) -> None:
+    costs = known(prefill, read)
+    alone, slow = costs.too_slow(chunks), costs.too_slow(chunks, lost)
+    assert slow in (alone, set())
+    if sum(chunk.to_read for chunk in chunks) * read > (sum(chunk.spared for chunk in chunks) + lost) * prefill:
+        assert slow == alone
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    yield now
+
+
+def test_what_is_read_before_counts(clock: list[float]) -> None:
+    chunk = DiskChunk("new", 100, 200)
+    costs = known(prefill=1.0, read=1.0)
+    assert costs.too_slow([chunk]) == set()
+    costs.note_asked("a", 60)
+    costs.note_asked("b", 50)
+    costs.note_asked("b", 50)
+    assert (costs.wait, costs.is_coming("b")) == (110, True)
+    assert costs.too_slow([chunk]) == {"new"}
+    clock[0] += 30  # nothing is heard while the engine is idle: they are being read
+    assert costs.wait == 80
+    assert costs.too_slow([chunk]) == set()
+    costs.note_come("a")
+    costs.note_heard()
+    assert costs.wait == 50
+    clock[0] += 1000  # nothing is heard: but it should have come
+    assert costs.wait == 0
+
+
+def test_what_is_late_is_waited_for_as_long_again(clock: list[float]) -> None:
+    costs = known(prefill=1.0, read=0.01)
+    costs.note_asked("a", 100)
+    clock[0] += 1.5
+    costs.note_heard()
+    assert costs.wait == 1  # a little late
+    clock[0] += 8.5
+    costs.note_heard()
+    assert costs.wait == 10
+    assert costs.too_slow([DiskChunk("a", 0, 9)]) == {"a"}
+    assert costs.too_slow([DiskChunk("a", 0, 11)]) == set()
+    clock[0] += 100
+    costs.note_heard()  # it never comes
+    assert (costs.wait, costs.is_coming("a")) == (0, False)
+
+
+def test_a_stalled_read_is_forgotten_when_others_are_quick(clock: list[float]) -> None:
+    """What was asked for meanwhile is expected as the disk is now."""
+    costs = known(prefill=1e-3, read=1.0)
+    costs.note_asked("a", 1000)
+    assert costs.wait == 1000
+    for _ in range(16):
+        costs.note_read(1000, 0.1)
+    assert costs.wait == pytest.approx(0.1)
 
 
 def test_nothing_is_left_out_as_long_as_too_little_is_known() -> None:
     chunk = DiskChunk("a", 100, 0)
     costs = DiskCosts()
-    costs.note_asked(1000)
+    costs.note_asked("b", 1000)
     assert costs.wait == 0
     assert costs.too_slow([chunk]) == set()
     costs.prefill = 1e-6

@@ -348,7 +348,7 @@ def choose_and_keep(
     """As for a prompt that is blended."""
     prompt = np.asarray(ids, np.int32)
     marks = chooser.choose(prompt, plain, segments, config, 1)
-    chooser.remember(prompt, plain, segments, config, marks)
+    chooser.remember(prompt, plain, segments, config, frozenset(), marks)
     return marks
 
 
@@ -382,6 +382,28 @@ def test_a_prompt_that_is_not_blended_after_all_is_not_gone_on_from(make_request
     assert planned(first) != planned(next_turn)
     marks = choose_and_keep(chooser, first, hashes_of(make_request, first), segments, BlendConfig())
     assert planned(next_turn) == marks
+
+
+def test_a_next_turn_leaves_out_what_the_turn_before_left_out(make_request: Callable[[list[int]], Any]) -> None:
+    """Longest first; with the same settings only."""
+    chooser, segments = salts(), [Segment(4, 20, "k", 0)]
+    first, second = [*range(28), 1], [*range(28), 1, *range(30, 40)]
+
+    def keep(ids: list[int], left_out: str) -> None:
+        plain = hashes_of(make_request, ids)
+        marks = chooser.choose(np.asarray(ids, np.int32), plain, segments, BlendConfig(), 1)
+        chooser.remember(np.asarray(ids, np.int32), plain, segments, BlendConfig(), frozenset(left_out), marks)
+
+    def left_out(ids: list[int], **settings: Any) -> set[str]:
+        prompt, plain = np.asarray(ids, np.int32), hashes_of(make_request, ids)
+        return set(chooser.left_out_before(prompt, plain, BlendConfig(**settings)))
+
+    keep(first, "ab")
+    assert left_out(first) == left_out(second) == {"a", "b"}
+    assert left_out([*range(28), 2, *range(30, 40)]) == left_out(second, recompute_ratio=0.5) == set()
+    keep(second, "c")
+    assert left_out([*second, 7]) == {"c"}
+    assert left_out(first) == {"a", "b"}
 
 
 @pytest.mark.parametrize("hashed", [True, False])

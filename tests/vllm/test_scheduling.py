@@ -424,7 +424,6 @@ def test_what_is_read_later_than_prefilled_is_prefilled(
 ) -> None:
     """In mode "auto". It is brought all the same, for the next one, which is blended."""
     go, readers = slow_disk
-    half = connectors(case.engine)[0]._scheduler
     costs = slow_disk_costs(case, monkeypatch)
     settings: dict[str, Any] = {"max_tokens": 4, "logprobs": 3}
     prompt = case.prompt(0)
@@ -439,7 +438,7 @@ def test_what_is_read_later_than_prefilled_is_prefilled(
     case.engine.generate(another, blend=AUTO, max_tokens=1)  # they have been asked for: not once more
     go.set()
     deadline = time.monotonic() + 60
-    while half._coming:
+    while costs._coming:
         assert time.monotonic() < deadline
         step(case)
     assert len(readers) == chunks
@@ -462,7 +461,7 @@ def test_what_is_in_memory_is_blended_without_what_is_not(
     prompt, settings = case.prompt(0), {"max_tokens": 4, "logprobs": 3}
     left_out, *known = keys_in(case, prompt)
     costs = slow_disk_costs(case, monkeypatch)
-    costs.note_asked(10**9)  # it is left there
+    costs.note_asked("another", 10**9)  # it is left there
     read = worker._store.get
 
     def ask(lost: str | None = None) -> Any:
@@ -498,7 +497,7 @@ def test_blended_blocks_in_the_prefix_cache_need_no_disk(
     go.set()
     half = connectors(case.engine)[0]._scheduler
     prompt = case.prompt(0) + " " + "And so on. " * 5  # past the last chunk: all its blocks are full
-    first = case.engine.generate(prompt, max_tokens=4, logprobs=3, blend=AUTO)
+    first = case.engine.generate(prompt, max_tokens=4, logprobs=3)
     assert first.stats.decision == "blend"
     slow_disk_costs(case, monkeypatch)
     monkeypatch.setattr(half, "_memory", MemoryTier(1 << 30))  # they have been dropped
@@ -510,14 +509,94 @@ def test_blended_blocks_in_the_prefix_cache_need_no_disk(
     assert_alike([again], [first])
 
 
+def test_evicted_blocks_are_waited_for_again(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that the prefix cache made needless when the request came, and that are needed now."""
+    go, readers = slow_disk
+    go.set()
+    half = connectors(case.engine)[0]._scheduler
+    prompt = case.prompt(0) + " " + "And so on. " * 5
+    first = case.engine.generate(prompt, max_tokens=4, logprobs=3)
+    monkeypatch.setattr(half, "_memory", MemoryTier(1 << 30))
+    connectors(case.engine)[1]._worker._store.memory.close()
+    del readers[:]
+    new_request = half.new_request
+
+    def evicted_after_planning(request: Any) -> None:
+        new_request(request)
+        assert half._plans[request.request_id].cached > 0
+        scheduler(case.engine).kv_cache_manager.block_pool.reset_prefix_cache()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(half, "new_request", evicted_after_planning)
+        again = case.engine.generate(prompt, max_tokens=4, logprobs=3)
+    assert again.stats.prefix_tokens == 0
+    assert set(readers) == {"cacheblend-prefetch"}
+    assert_alike([again], [first])
+
+
+def test_waiting_longer_than_prefill_takes_does_not_pay(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is known of the disk, and it does not answer. In mode "auto" only."""
+    go, readers = slow_disk
+    half = connectors(case.engine)[0]._scheduler
+    costs = DiskCosts()
+    costs.prefill = 1e-4
+    monkeypatch.setattr(half, "costs", costs)
+    settings: dict[str, Any] = {"max_tokens": 4, "logprobs": 3}
+    half.metrics.reset()
+    answer = case.engine.generate(case.prompt(0), blend=AUTO, **settings)
+    assert answer.stats.decision == "prefill"
+    assert "on disk, where reading takes longer than prefill" in answer.stats.reason
+    assert set(readers) == {"cacheblend-prefetch"}
+    forget_prefixes(case.engine)
+    plain = case.engine.generate(case.prompt(0), blend={"mode": "off"}, **settings)
+    assert_alike([answer], [plain])
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(case.engine.generate, case.prompt(0), blend={"mode": "blend"}, **settings)
+        time.sleep(0.5)
+        assert not waiting.done()
+        go.set()
+        assert waiting.result().stats.decision == "blend"
+
+
+def test_a_next_turn_finds_what_was_blended_without_chunks_on_disk(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in memory by then; but with them, it would have to be blended anew."""
+    go, _ = slow_disk
+    go.set()
+    half = connectors(case.engine)[0]._scheduler
+    prompt = case.prompt(0)
+    _, *known = keys_in(case, prompt)
+    slow_disk_costs(case, monkeypatch)
+    monkeypatch.setattr(half, "_memory", MemoryTier(1 << 30))
+    for key in known:
+        half._memory.add(key, 1)
+    first = case.engine.generate(prompt, blend=AUTO, max_tokens=40)
+    assert first.stats.decision == "blend"
+    assert "1 known chunks are on disk" in first.stats.reason
+    deadline = time.monotonic() + 60
+    while half._memory.missing(keys_in(case, prompt)):
+        assert time.monotonic() < deadline
+        step(case)
+    ids = [*case.ids(prompt), *first.token_ids[:-1], *case.ids(" And then, what else?")]
+    turn = case.engine.generate(ids, blend=AUTO, max_tokens=1)
+    assert turn.stats.prefix_tokens >= len(case.ids(prompt)) - BLOCK
+
+
 def test_without_memory_steps_read_what_is_sooner_read(engines: Engines, model: str, tmp_path: Path) -> None:
     engine = engines.get(model, open_store(tmp_path, memory_bytes=0))
     engine.warm(CHUNKS)
     case = Case(engine, CHUNKS)
     half = connectors(engine)[0]._scheduler
-    assert 0 < half.costs.prefill < 1
     assert engine.generate(case.prompt(0), max_tokens=1, blend=AUTO).stats.decision == "blend"
     step(case)
+    started = time.perf_counter()
+    engine.generate("a b c d " * 200, max_tokens=1)  # one pass
+    assert 0 < 1600 * half.costs.prefill < 3 * (time.perf_counter() - started)
     assert half.costs._reads  # the step's own reads
     half.costs.prefill = 1e-12
     assert engine.generate(case.prompt(1), max_tokens=1, blend=AUTO).stats.decision == "prefill"

@@ -18,7 +18,8 @@ from cacheblend_rag import (
     UnsupportedModelError,
     load_engine,
 )
-from cacheblend_rag.vllm import compat, support
+from cacheblend_rag.vllm import compat, messages, support
+from cacheblend_rag.vllm import probe as probing
 from cacheblend_rag.vllm.settings import ConnectorSettings, RequestParams
 
 from .conftest import CHUNKS, PRIMER, WIDE, Engines, connectors, open_engine
@@ -178,11 +179,37 @@ def test_served_plainly_where_asked(
     target = "cacheblend_rag.vllm.connector." + ("check_supported" if found_by == "config" else "probe")
     monkeypatch.setattr(target, refuse)
     with open_engine(model, engine_args={"on_unsupported": "prefill"}) as engine:
+        if found_by == "probe":  # on the ranks of a pipeline, say
+            half = connectors(engine)[0]._scheduler
+            refusal, half.refusal = messages.Refusal(half.refusal), ""
+            connectors(engine)[0].set_xfer_handshake_metadata_pp_aware({(0, 0): refusal, (1, 0): refusal})
         assert engine.warm(CHUNKS).stored == 0
         answer = engine.generate("Read. " + CHUNKS[0] + " What?", max_tokens=6)
         assert answer.token_ids == plain_answer.token_ids
         assert answer.stats.decision == "prefill"
         assert "strange attention" in answer.stats.reason
+
+
+def test_prefill_is_timed_at_start(model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within what the model's rotation and the cache hold. A start does not fail for it."""
+    engine = engines.get(model)
+    paged = connectors(engine)[1]._worker._model
+    tried: list[int] = []
+    monkeypatch.setattr(paged, "cos_sin", paged.cos_sin[:200])
+    monkeypatch.setattr(probing, "_pass_seconds", lambda _, rows: tried.append(rows) or rows**0.5)
+    assert probing.measure_prefill(paged) == 200**-0.5
+    assert tried == [32, 128, 200, 200]
+
+    tried.clear()
+    monkeypatch.setattr(probing, "_pass_seconds", lambda _, rows: tried.append(rows) or 1e-3 * rows)
+    assert probing.measure_prefill(paged) == 1e-3
+    assert tried == [32, 128]  # a longer pass makes a token no cheaper
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(probing, "_pass_seconds", fail)
+    assert probing.measure_prefill(paged) is None
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.9.2"])
