@@ -79,13 +79,14 @@ class DiskCosts:
 
     Attributes:
         prefill: What plain prefill takes at least, in seconds a token; None: not known.
+        heard_at: ``time.monotonic()`` when the workers told last what has come.
     """
 
     def __init__(self) -> None:
         self.prefill: float | None = None
         self._reads: deque[tuple[int, float]] = deque(maxlen=_LATELY)
         self._coming: dict[str, _Asked] = {}  # oldest first
-        self._heard_at = 0.0  # time.monotonic()
+        self.heard_at = 0.0
 
     def note_read(self, tokens: int, seconds: float) -> None:
         """So many tokens of chunks, at least one, took so long from disk to memory."""
@@ -102,9 +103,9 @@ class DiskCosts:
 
     def note_heard(self) -> None:
         """All that had come by now has been noted."""
-        self._heard_at = time.monotonic()
+        self.heard_at = time.monotonic()
         for key, asked in list(self._coming.items()):
-            if self._heard_at - asked.at > _LOST_SECONDS:
+            if self.heard_at - asked.at > _LOST_SECONDS:
                 del self._coming[key]
 
     def is_coming(self, key: str) -> bool:
@@ -117,7 +118,7 @@ class DiskCosts:
         if not self._coming:
             return 0.0
         oldest = next(iter(self._coming.values()))
-        since = max(self._heard_at, oldest.at)
+        since = max(self.heard_at, oldest.at)
         seconds = sum(asked.tokens for asked in self._coming.values()) * (self._read or 0.0)
         if since - oldest.at > _LATE * oldest.expected:  # for all that is known, it takes as long again
             seconds = max(seconds, since - oldest.at)

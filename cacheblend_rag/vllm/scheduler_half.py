@@ -235,8 +235,9 @@ class SchedulerHalf:
             return False
         prefill = self.costs.prefill
         if plan.params.blend.mode != "auto" or prefill is None or plan.block_ids:  # once begun, it goes on as planned
-            return not plan.wait.is_over()
-        if not plan.wait.is_over(plan.wait.spared * prefill):
+            return not plan.wait.is_over
+        # What came while a long step ran is not known before its end.
+        if not plan.wait.is_over and self.costs.heard_at - plan.wait.began <= plan.wait.spared * prefill:
             return True
         self.metrics.count("slow_chunks", len(plan.wait.missing))
         plan.left_out |= plan.wait.missing
@@ -321,6 +322,7 @@ class SchedulerHalf:
         waits = (plan.wait for plan in self._plans.values() if plan.wait is not None)
         if not scheduler_output.num_scheduled_tokens and any(wait.missing for wait in waits):
             time.sleep(_IDLE_SECONDS)
+            self.costs.note_heard()  # nobody tells that nothing has come
         jobs = self._jobs
         self.forget_jobs()
         return jobs

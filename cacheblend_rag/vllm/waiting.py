@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -61,6 +60,7 @@ class DiskWait:
     spared: float
     began: float = dataclasses.field(default_factory=time.monotonic)
 
-    def is_over(self, most_seconds: float = math.inf) -> bool:
-        """Whether the request may go on, or at least waits no longer."""
-        return not self.missing or time.monotonic() - self.began > min(most_seconds, _MOST_SECONDS)
+    @property
+    def is_over(self) -> bool:
+        """Whether the request may go on."""
+        return not self.missing or time.monotonic() - self.began > _MOST_SECONDS

@@ -562,6 +562,22 @@ def test_waiting_longer_than_prefill_takes_does_not_pay(
         assert waiting.result().stats.decision == "blend"
 
 
+def test_what_comes_during_a_long_step_is_not_given_up(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is heard of when the step ends."""
+    go, _ = slow_disk
+    costs = DiskCosts()
+    costs.prefill = 1e-6
+    monkeypatch.setattr(connectors(case.engine)[0]._scheduler, "costs", costs)
+    monkeypatch.setattr(costs, "note_heard", lambda: None)  # none has ended yet
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(case.engine.generate, case.prompt(0), blend=AUTO, max_tokens=1)
+        time.sleep(0.5)
+        go.set()
+        assert waiting.result().stats.decision == "blend"
+
+
 def test_a_next_turn_finds_what_was_blended_without_chunks_on_disk(
     case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
