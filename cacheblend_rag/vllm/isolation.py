@@ -148,6 +148,8 @@ class Salts:
         segments: Sequence[Segment],
         config: BlendConfig,
         first_block: int,
+        *,
+        alone: bool = False,
     ) -> Marks:
         """Where a prompt's blocks are salted, and with what.
 
@@ -157,11 +159,12 @@ class Salts:
             segments: Matched runs of the whole prompt.
             config: The request's settings.
             first_block: The first block that holds a blended token.
+            alone: Whether it goes on from no earlier prompt.
         """
         settings = _settings(config)
         marks: Marks = ()
         since = first_block * self._block_size
-        for earlier in self._find(ids, plain, settings):
+        for earlier in () if alone else self._find(ids, plain, settings):
             known = tuple(segment for segment in segments if segment.start < earlier.length)
             if earlier.marks[0][0] <= first_block and known == earlier.segments:
                 marks, since = earlier.marks, earlier.length

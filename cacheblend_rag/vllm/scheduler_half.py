@@ -427,13 +427,15 @@ class SchedulerHalf:
             return set()
         plan.hashes = plan.hashes or BlockHashes(request)
         first_block = _first_loaded(layout) // self._block_size
-        marks = self._salts.choose(plan.ids, plan.hashes.plain, segments, config, first_block)
-        plan.marks = marks
-        plan.hashes.salt(marks)
+        chosen_from = plan.ids, plan.hashes.plain, segments, config, first_block
+        plan.marks = self._salts.choose(*chosen_from)
+        plan.hashes.salt(plan.marks)
         cached = self._cached_tokens(request)
-        if plan.marks[0][0] < first_block and cached < hit:
-            # The blended blocks of an earlier prompt are gone, but exact ones reach further.
-            plan.marks = ((first_block, plan.marks[-1][1]),)
+        is_coming = any(one is not plan and one.marks[:1] == plan.marks[:1] for one in self._plans.values())
+        if cached < hit or (cached <= plan.marks[0][0] * self._block_size and not is_coming):
+            # No blended blocks of an earlier prompt are left to go on from, or exact ones reach further. Under its
+            # salts, it would find what is blended for this one.
+            plan.marks = self._salts.choose(*chosen_from, alone=True)
             plan.hashes.salt(plan.marks)
             cached = self._cached_tokens(request)
         plan.cached = cached
@@ -442,7 +444,7 @@ class SchedulerHalf:
             if slow := self.costs.too_slow(chunks, lost=max(cached - hit, 0)):  # they are found with these salts only
                 return slow
         self._wait_for_disk(plan, segments)
-        self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, marks)
+        self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, plan.marks)
         plan.layout = layout
         plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
         return set()

@@ -16,7 +16,18 @@ from cacheblend_rag.chunks import ChunkScope, ModelFingerprint
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
 
-from .conftest import CHUNKS, Case, Engines, assert_alike, connectors, forget_prefixes, random_text, scheduler, together
+from .conftest import (
+    CHUNKS,
+    Case,
+    Engines,
+    alone,
+    assert_alike,
+    connectors,
+    forget_prefixes,
+    random_text,
+    scheduler,
+    together,
+)
 
 BLOCK = 32
 SYSTEM = "You answer from passages, and only from those. " + random_text(77, 150) + "\n"
@@ -63,6 +74,19 @@ def test_the_second_turn_finds_the_first(case: Case, policy: str) -> None:
     whole_blocks = (len(first) + len(answer.token_ids) - 1) // BLOCK * BLOCK
     assert turn.stats.prefix_tokens == whole_blocks
     assert turn.stats.reason == "goes on from blended blocks in the prefix cache"
+
+
+def test_a_second_turn_is_blended_for_itself_if_the_first_is_gone(case: Case) -> None:
+    """And leaves nothing behind that the first would find."""
+    settings: dict[str, Any] = {"max_tokens": 4, "logprobs": 3}
+    prompt = case.prompt(1)
+    turn = prompt + " It goes on and on. Question: who was it, then, and what did they say?\nAnswer:"
+    (first,) = alone(case, [prompt], **settings)
+    (second,) = alone(case, [turn], **settings)
+    case.engine.generate(prompt, **settings)
+    forget_prefixes(case.engine)
+    again = case.engine.generate(turn, **settings)
+    assert_alike([again, case.engine.generate(prompt, **settings)], [second, first])
 
 
 def test_a_second_turn_with_new_passages_goes_on_from_the_first(case: Case) -> None:
