@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 
 _LATELY = 16  # reports: a disk's speed depends on who else reads
-_LATE = 2.0
+_LATE = 2.0  # times as long as expected
 _LOST_SECONDS = 60.0  # the workers have let go of a chunk that does not come for so long
 
 

@@ -95,15 +95,19 @@ def measure_prefill(model: PagedModel) -> float | None:
     """
     longest = min((model.kv.num_blocks - 1) * model.kv.block_size, model.max_rows, len(model.cos_sin))
     seconds, since = float("inf"), time.perf_counter()
-    try:
-        for rows in _PASSES:
-            before, seconds = seconds, min(seconds, _pass_seconds(model, min(rows, longest)) / min(rows, longest))
-            is_over = time.perf_counter() - since > _MOST_SECONDS or seconds > before * _GAIN
-            if any(model.agree([is_over])):
-                break
-    except Exception:  # out of memory, perhaps: nothing depends on it but how long requests wait for disks
-        logger.debug("prefill could not be timed", exc_info=True)
-        return None
+    for rows in _PASSES:
+        before, failed = seconds, False
+        try:
+            seconds = min(seconds, _pass_seconds(model, min(rows, longest)) / min(rows, longest))
+        except Exception:  # out of memory, perhaps: nothing depends on it but how long requests wait for disks
+            logger.debug("prefill could not be timed", exc_info=True)
+            failed = True
+        is_over = time.perf_counter() - since > _MOST_SECONDS or seconds > before * _GAIN
+        failed, is_over = model.agree([failed, is_over])
+        if failed:
+            return None
+        if is_over:
+            break
     return seconds
 
 

@@ -439,11 +439,10 @@ class SchedulerHalf:
             plan.hashes.salt(plan.marks)
             cached = self._cached_tokens(request)
         plan.cached = cached
-        if config.mode == "auto":
-            chunks = self._on_disk(plan, segments)
-            if slow := self.costs.too_slow(chunks, lost=max(cached - hit, 0)):  # they are found with these salts only
-                return slow
-        self._wait_for_disk(plan, segments)
+        lost = max(cached - hit, 0)  # blended tokens that are found under these salts only
+        if config.mode == "auto" and (slow := self.costs.too_slow(self._on_disk(plan, segments), lost)):
+            return slow
+        self._wait_for_disk(plan, segments, lost)
         self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, plan.marks)
         plan.layout = layout
         plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
@@ -462,13 +461,13 @@ class SchedulerHalf:
             DiskChunk(key, 0 if self.costs.is_coming(key) else self._tokens_of(key), spared[key]) for key in missing
         ]
 
-    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment]) -> None:
-        """Let a request wait for what of it is on disk."""
+    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment], lost: int = 0) -> None:
+        """Let a request wait for what of it is on disk, or else lose so many tokens that are in the prefix cache."""
         chunks = self._on_disk(plan, segments) if self._settings.memory_bytes else []
         if chunks:
             keys = [chunk.key for chunk in chunks]
             self._fetch(keys)
-            plan.wait = DiskWait(set(keys), sum(chunk.spared for chunk in chunks))
+            plan.wait = DiskWait(set(keys), sum(chunk.spared for chunk in chunks) + lost)
 
     def _fetch(self, keys: Sequence[str]) -> None:
         """Have chunks brought from disk to the workers' memory."""

@@ -52,7 +52,7 @@ class DiskWait:
 
     Attributes:
         missing: Keys of chunks that are on their way to memory.
-        spared: Tokens that need not be computed with them.
+        spared: Tokens that need not be computed if it waits.
         began: ``time.monotonic()``.
     """
 
