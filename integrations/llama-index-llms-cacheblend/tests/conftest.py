@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -73,7 +74,8 @@ class WordEmbedding(BaseEmbedding):
 
 
 @pytest.fixture(scope="session")
-def model_path() -> str:
+def real_model_path() -> str:
+    """A model whose answers make sense."""
     path = os.environ.get("CACHEBLEND_TEST_MODEL")
     if not path:
         pytest.skip("set CACHEBLEND_TEST_MODEL to the directory or hub id of a small chat model")
@@ -81,23 +83,42 @@ def model_path() -> str:
 
 
 @pytest.fixture(scope="session")
+def model_path(real_model_path: str) -> str:
+    """One with few random weights, if there is one beside it: it takes a hundredth of the time."""
+    small = Path(real_model_path).parent / "smollm2-small"
+    return str(small) if small.is_dir() else real_model_path
+
+
+@pytest.fixture(scope="session")
 def llm_from_settings(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CacheBlendLLM]:
+    llm = _llm_from_settings(model_path, tmp_path_factory.mktemp("chunks"))
+    yield llm
+    llm.engine.close()
+
+
+def _llm_from_settings(model: str, store: Path) -> CacheBlendLLM:
     torch.set_num_threads(1)  # for so small a model more threads cost more than they bring
-    llm = CacheBlendLLM(
-        model=model_path,
-        store=tmp_path_factory.mktemp("chunks"),
+    return CacheBlendLLM(
+        model=model,
+        store=store,
         dtype="float32",
         blend={"mode": "blend", "min_reused_tokens": 0},
         chat_template=TEMPLATE,
         max_tokens=4,
     )
-    yield llm
-    llm.engine.close()
 
 
 @pytest.fixture(scope="session")
 def engine(llm_from_settings: CacheBlendLLM) -> Engine:
     return llm_from_settings.engine
+
+
+@pytest.fixture(scope="session")
+def real_engine(real_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The same, where answers have to make sense or to take a while."""
+    llm = _llm_from_settings(real_model_path, tmp_path_factory.mktemp("chunks"))
+    yield llm.engine
+    llm.engine.close()
 
 
 @pytest.fixture
@@ -160,12 +181,12 @@ def recorder() -> Iterator[Recorder]:
 
 @pytest.fixture
 def full_disk() -> Callable[[], AbstractContextManager[None]]:
-    """While it lasts, no file of this process can grow beyond a megabyte; the KV of a passage takes more."""
+    """While it lasts, no file of this process can grow beyond 64 KiB; the KV of a passage takes more."""
 
     @contextlib.contextmanager
     def limit() -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
         yield
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

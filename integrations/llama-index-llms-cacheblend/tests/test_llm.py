@@ -235,9 +235,9 @@ async def test_calls_of_all_kinds_at_once(llm: CacheBlendLLM, prompt: str, answe
 
 @pytest.mark.parametrize("call", [_acomplete, _astream_complete, _achat, _astream_chat])
 async def test_event_loop_is_not_blocked(
-    llm: CacheBlendLLM, prompt: str, call: Call, assert_loop_runs: AssertLoopRuns
+    real_engine: Engine, prompt: str, call: Call, assert_loop_runs: AssertLoopRuns
 ) -> None:
-    await assert_loop_runs(call(llm, prompt, max_tokens=8))
+    await assert_loop_runs(call(CacheBlendLLM(engine=real_engine), prompt, max_tokens=8))
 
 
 async def test_abandoned_streams(llm: CacheBlendLLM, prompt: str, answers: dict[bool, str]) -> None:
@@ -394,7 +394,8 @@ def test_pickled_as_its_settings(llm_from_settings: CacheBlendLLM) -> None:
         engine.settings = settings
 
 
-def test_further_settings(engine: Engine) -> None:
+def test_further_settings(real_engine: Engine) -> None:
+    engine = real_engine
     llm = CacheBlendLLM(engine=engine, max_tokens=2)
     token = engine.generate("x", max_tokens=1).token_ids[0]
     expected = engine.decode([token, token])

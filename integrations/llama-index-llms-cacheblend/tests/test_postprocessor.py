@@ -88,8 +88,10 @@ def test_a_node_too_long_leaves_only_itself_cold(
     assert "context" in caplog.text
 
 
-async def test_event_loop_is_not_blocked(engine: Engine, passages: Passages, assert_loop_runs: AssertLoopRuns) -> None:
-    await assert_loop_runs(CacheBlendPostprocessor(engine=engine).apostprocess_nodes(_nodes(passages(4))))
+async def test_event_loop_is_not_blocked(
+    real_engine: Engine, passages: Passages, assert_loop_runs: AssertLoopRuns
+) -> None:
+    await assert_loop_runs(CacheBlendPostprocessor(engine=real_engine).apostprocess_nodes(_nodes(passages(4))))
 
 
 def test_bad_construction(engine: Engine) -> None:

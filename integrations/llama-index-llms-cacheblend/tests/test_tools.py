@@ -39,6 +39,12 @@ TEMPLATE = PromptTemplate("Describe the {what} wall.")
 
 
 @pytest.fixture
+def engine(real_engine: Engine) -> Engine:
+    """One that ends its calls."""
+    return real_engine
+
+
+@pytest.fixture
 def llm(engine: Engine) -> CacheBlendLLM:
     return CacheBlendLLM(engine=engine, max_tokens=48)
 

@@ -237,8 +237,9 @@ def test_a_failed_run_is_healed_by_the_next(
 
 
 async def test_event_loop_is_not_blocked(
-    transform: CacheBlendTransform, passages: Passages, assert_loop_runs: AssertLoopRuns
+    real_engine: Engine, passages: Passages, assert_loop_runs: AssertLoopRuns
 ) -> None:
+    transform = CacheBlendTransform(engine=real_engine)
     await assert_loop_runs(transform.acall([TextNode(text=text) for text in passages(4)]))
 
 
