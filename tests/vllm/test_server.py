@@ -1,5 +1,4 @@
-"""Over HTTP: ``cacheblend serve`` and a bare vLLM server on one store, and the engine that talks to
-them."""
+"""Over HTTP: ``cacheblend serve`` and a bare vLLM server on one store, and the engine that talks to them."""
 
 from __future__ import annotations
 
