@@ -8,7 +8,7 @@ prefix caching. All modes answer the same prompt in the same process, one after 
 round to round; the next round has another prompt. Measured is the whole call for one token, from outside. A share of
 plain prefill is the median over the rounds of the mode's time divided by plain prefill's in the same round.
 
-``--mixed`` adds prompts that blending has nothing to gain from, in mode "auto" and plainly: what they lose.
+``--mixed`` adds prompts that blending has little or nothing to gain from, in mode "auto" and plainly: what they lose.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ COUNTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "missed_tokens"
 PARTS = ("match", "load", "select", "recompute", "first_token")
 MIXED_REPEATS = 5  # rounds of the short prompts for one of the long ones: they are quick, and differ by little
 ONE_HIT_PROMPT = 2048
+HALF_HIT_PAIRS = (4, 16)  # a warm chunk and a cold one
 NO_HIT_PROMPTS = (20, 100, 300, 600, 1200, 4096, 16384)
 
 
@@ -110,13 +111,14 @@ def compared_modes(policies: list[str], ratios: list[float]) -> dict[str, dict[s
 
 
 def mixed_prompts(
-    chunks: list[list[int]], new: Callable[[int], list[int]], window: int
+    chunks: list[list[int]], new: Callable[[int], list[int]], question_tokens: int, window: int
 ) -> dict[str, Callable[[], list[int]]]:
-    """What makes prompts with little or nothing to reuse, by a name for them; those that don't fit are left out.
+    """What makes prompts of which half, little or nothing can be reused, by a name; those that don't fit are left out.
 
     Args:
         chunks: Token ids of warm chunks.
         new: Makes as many tokens as it is told, known to nobody.
+        question_tokens: Length of the question behind passages.
         window: Most tokens that a prompt and its answer may have.
     """
 
@@ -128,11 +130,22 @@ def mixed_prompts(
         after = ONE_HIT_PROMPT - tokens - before
         return lambda: [*new(before), *chunks[0][:tokens], *new(after)]
 
+    def half_hit(pairs: int) -> Callable[[], list[int]]:
+        def make() -> list[int]:
+            passages = [ids for chunk in chunks[:pairs] for ids in (chunk, new(len(chunk)))]
+            return [token for ids in passages for token in ids] + new(question_tokens)
+
+        return make
+
     made = {f"{tokens} tokens, no hit": no_hit(tokens) for tokens in NO_HIT_PROMPTS if tokens < window}
     if window > ONE_HIT_PROMPT:
         for tokens in (128, 512):
             if tokens <= len(chunks[0]):
                 made[f"{ONE_HIT_PROMPT} tokens, {tokens} of them hit"] = one_hit(tokens)
+    for pairs in HALF_HIT_PAIRS:
+        tokens = 2 * sum(len(chunk) for chunk in chunks[:pairs]) + question_tokens
+        if pairs <= len(chunks) and tokens < window:
+            made[f"{tokens} tokens, half of them hit"] = half_hit(pairs)
     return made
 
 
@@ -196,14 +209,17 @@ def run(options: argparse.Namespace) -> None:
                 print_rows("mode", rows)
             if options.mixed:
                 pair = {PLAIN: OFF, "auto": {"mode": "auto"}}
-                for name, make in mixed_prompts([chunk.ids for chunk in chunks], new, engine.context_window).items():
+                mixed = mixed_prompts(
+                    [chunk.ids for chunk in chunks], new, options.question_tokens, engine.context_window
+                )
+                for name, make in mixed.items():
                     measured = Measured(pair)
                     measured.measure(engine, make, MIXED_REPEATS * options.rounds, rng)
                     results["mixed"].append({"prompt": name, PLAIN: measured.row(PLAIN), "auto": measured.row("auto")})
                     write()
                     auto = results["mixed"][-1]["auto"]
                     say(f"{name}: auto takes {auto['share']:.3f} of plain, {auto['difference_ms']:+.2f} ms")
-                say("\nPrompts with little to reuse, mode auto against plain")
+                say("\nPrompts that are not all warm, mode auto against plain")
                 print_rows("prompt", [{**one["auto"], "mode": one["prompt"]} for one in results["mixed"]])
 
 

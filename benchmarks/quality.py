@@ -19,7 +19,8 @@ average, by interpolation between the fixed budgets measured. With ``--answers``
 which gives exact match, F1 and ROUGE-L.
 
 Records are written question by question: a run that is stopped leaves what it has, and ``--merge`` puts together the
-questions and modes of several runs. The chunks of one question at a time are warm.
+questions and modes of several runs. The chunks of one question at a time are warm; with ``--cold``, a share of them is
+not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from answer_metrics import METRICS, answer_metrics
 from common import command, machine, rag_messages, system_prefix
@@ -112,6 +114,13 @@ def compared_modes(policies: list[str], budgets: list[float | str], primer: str)
     return list(dict.fromkeys(modes))
 
 
+def warm_passages(question: Question, cold: float) -> list[str]:
+    """The passages that are warm, at least one: all but a share of them, which the question's number decides."""
+    order = np.random.default_rng(question.number).permutation(len(question.passages))
+    warm = sorted(order[min(round(cold * len(order)), len(order) - 1) :])
+    return [question.passages[n] for n in warm]
+
+
 def agreement(expected: torch.Tensor, logits: torch.Tensor) -> int:
     """How many tokens are the most likely ones of both."""
     return int((expected.argmax(-1) == logits.argmax(-1)).sum())
@@ -125,6 +134,7 @@ class Benchmark:
         modes: What full prefill is compared with.
         max_tokens: Most tokens of an answer.
         answers: Whether all modes answer by themselves.
+        cold: Share of a question's passages that are not warm.
         offsets: What is added to the KV of the calibrated engine's chunks.
     """
 
@@ -134,12 +144,14 @@ class Benchmark:
         modes: list[Mode],
         max_tokens: int,
         answers: bool,
+        cold: float = 0.0,
         offsets: torch.Tensor | None = None,
     ) -> None:
         self._engines = engines
         self._modes = modes
         self._max_tokens = max_tokens
         self._answers = answers
+        self._cold = cold
         self._offsets = offsets
         self._sensitivity = any(mode.policy.startswith("sensitive") for mode in modes)
 
@@ -155,7 +167,7 @@ class Benchmark:
         """
         place: Record = {"dataset": question.dataset, "number": question.number}
         try:
-            with self._warm(question.passages):
+            with self._warm(warm_passages(question, self._cold)):
                 return place | self._measure(question)
         except (ChunkTooLongError, PromptTooLongError, NotBlendedError) as error:
             return {**place, "left_out": str(error), "modes": {}}
@@ -281,13 +293,13 @@ def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
     asked = [one for dataset in datasets for one in dataset[options.offset :: options.step][: options.questions]]
     if options.best_last:
         asked = [dataclasses.replace(one, passages=best_last(one.passages, one.text)) for one in asked]
-    settings = {name: getattr(options, name) for name in ("primer", "best_last", "max_tokens", "corpus_tokens")}
+    settings = {name: getattr(options, name) for name in ("primer", "best_last", "cold", "max_tokens", "corpus_tokens")}
     settings |= {"model": Path(options.model).name, "dtype": engine.scope.fingerprint.dtype}
     header: Record = {"command": command(), "machine": machine(), "settings": settings}
     header["modes"] = [
         dataclasses.asdict(mode) for mode in [Mode(FULL_PREFILL, "", "", 1.0), Mode(IN_PIECES, "", "", 1.0), *modes]
     ]
-    benchmark = Benchmark(engines, modes, options.max_tokens, options.answers, offsets)
+    benchmark = Benchmark(engines, modes, options.max_tokens, options.answers, options.cold, offsets)
     records = []
     with open(options.records or os.devnull, "w", encoding="utf-8") as file:
         print(json.dumps(header), file=file, flush=True)
@@ -357,6 +369,13 @@ def _budgets(text: str) -> list[float | str]:
     return budgets
 
 
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError("a share must be in [0, 1)")
+    return share
+
+
 def main() -> int:
     """Command line."""
     register()
@@ -380,6 +399,7 @@ def main() -> int:
     parser.add_argument("--primer", choices=PRIMERS, default="system", help="what chunks are read behind")
     parser.add_argument("--calibrate-on", type=Path, help="questions, not the measured ones: chunk KV is corrected")
     parser.add_argument("--best-last", action="store_true", help="the passages most like the question come last")
+    parser.add_argument("--cold", type=_share, default=0.0, help="share of each question's passages that are not warm")
     parser.add_argument("--answers", action="store_true", help="all modes answer by themselves")
     parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--corpus-tokens", type=int, default=2200, help="least tokens of passages, example corpus")

@@ -20,16 +20,22 @@ from cacheblend_rag.policies.query_aware import QueryAware, find_question, watch
 _TAIL = 8
 
 
-class Layers:
+class _Idea:
+    reads_question = True
+    adapts = False
+
+    def cost(self, layout: PromptLayout, config: BlendConfig, num_layers: int) -> float:
+        """None is told: the benchmark blends whatever it costs."""
+        return 0.0
+
+
+class Layers(_Idea):
     """``query_aware`` with other layers than the last half.
 
     Args:
         first: Where they begin, as a share of all.
         last: Where they end.
     """
-
-    reads_question = True
-    adapts = False
 
     def __init__(self, first: float, last: float) -> None:
         self._first, self._last = first, last
@@ -41,7 +47,19 @@ class Layers:
         return (yield from QueryAware().select(layout, budget, config, num_layers))
 
 
-class TwoLooks:
+class ReadsCold(_Idea):
+    """``query_aware`` whose question also reads the chunks that are not warm, which are then computed twice."""
+
+    def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return (yield from HKVD().select(layout, budget, config, num_layers))
+        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
+        return "reads_cold", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
+
+
+class TwoLooks(_Idea):
     """The question looks, half of the budget is recomputed, and it looks again for the other half.
 
     Args:
@@ -49,9 +67,6 @@ class TwoLooks:
         follow: At the second look, where the recomputed tokens look counts as much as where the question does: what
             they are recomputed from should be right, too.
     """
-
-    reads_question = True
-    adapts = False
 
     def __init__(self, *, deviations: bool = False, follow: bool = False) -> None:
         self._deviations = deviations
@@ -79,11 +94,8 @@ class TwoLooks:
         return "two_looks", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
 
 
-class Tail:
+class Tail(_Idea):
     """What the last tokens of the prompt look at: those from which the answer starts."""
-
-    reads_question = True
-    adapts = False
 
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
@@ -94,15 +106,12 @@ class Tail:
         return "tail", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
 
 
-class LateDeviations:
+class LateDeviations(_Idea):
     """``hybrid`` with deviations from further up, where they tell more and cost more.
 
     Args:
         share: How far up, as a share of the layers.
     """
-
-    reads_question = True
-    adapts = False
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -119,7 +128,7 @@ class LateDeviations:
         return "late_deviations", top_positions(layout.matched, scores, budget.ceiling)
 
 
-class Sensitive:
+class Sensitive(_Idea):
     """Tokens whose KV was seen at ingestion to depend on what stands before the chunk.
 
     Args:
@@ -130,7 +139,6 @@ class Sensitive:
             before the chunk.
     """
 
-    adapts = False
     known: dict[str, torch.Tensor]
 
     def __init__(self, *, attended: bool, known: dict[str, torch.Tensor]) -> None:
@@ -158,6 +166,7 @@ POLICIES: dict[str, SelectionPolicy] = {
     "middle_half": Layers(1 / 4, 3 / 4),
     "third_quarter": Layers(1 / 2, 3 / 4),
     "last_quarter": Layers(3 / 4, 1),
+    "reads_cold": ReadsCold(),
     "two_looks": TwoLooks(),
     "two_looks_hybrid": TwoLooks(deviations=True),
     "follow": TwoLooks(follow=True),

@@ -23,7 +23,7 @@ AUTO = "auto"  # a budget
 
 Record = dict[str, Any]
 
-_COMMON = ("model", "dtype", "best_last", "max_tokens", "corpus_tokens")  # settings that merged runs must share
+_COMMON = ("model", "dtype", "best_last", "cold", "max_tokens", "corpus_tokens")  # settings that merged runs must share
 _RESAMPLES = 2000
 _CONFIDENCE = 0.90
 

@@ -54,7 +54,9 @@ class BlendForward(Protocol):
     def deviations(self, rows: torch.Tensor, layer: int, keys: bool = False) -> torch.Tensor:
         """See :class:`~cacheblend_rag.passes.Deviations`."""
 
-    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+    def question_attention(
+        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+    ) -> torch.Tensor:
         """See :class:`~cacheblend_rag.passes.QuestionAttention`."""
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
@@ -111,7 +113,7 @@ def run_pass(forward: BlendForward, wanted: Pass) -> torch.Tensor:
         case Deviations():
             return forward.deviations(wanted.rows, wanted.layer, wanted.keys)
         case QuestionAttention():
-            return forward.question_attention(wanted.rows, wanted.question, wanted.layers)
+            return forward.question_attention(wanted.rows, wanted.question, wanted.layers, wanted.unread)
         case Recompute():
             return forward.recompute(wanted.rows)
 

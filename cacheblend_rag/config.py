@@ -31,7 +31,8 @@ class BlendConfig:
         policy: Name of the selection policy, see ``cacheblend_rag.policies``.
         forced_tokens: The first so many tokens of each run of a chunk are recomputed, whatever the policy chooses, as
             far as ``recompute_ratio`` pays for them.
-        min_reused_tokens: With ``mode="auto"``, prompts that would reuse fewer tokens than this are prefilled plainly.
+        min_reused_tokens: With ``mode="auto"``, prompts that would reuse fewer tokens than this, besides as many as the
+            policy computes to choose, are prefilled plainly.
         mode: ``"auto"`` blends where it pays, ``"blend"`` wherever a chunk is known, ``"off"`` never.
 
     Raises:

@@ -4,7 +4,7 @@ A blend is a generator: it yields passes and is sent what they found. Whoever dr
 passes of several prompts as one.
 
 Rows are int64 positions, ascending, on the CPU or on the engine's device, and so is what is sent back. A row sees keys
-0 .. its own position, cached or fresh.
+0 .. its own position, cached or fresh, unless a pass says otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Generator
 from typing import TypeAlias
 
 import torch
+
+SPAN = 128
+"""What a pass may leave out at once, in positions from 0 on: a whole number of blocks of most paged caches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +48,14 @@ class QuestionAttention:
         rows: What is run; the last of them are the question.
         question: Rows whose attention is recorded.
         layers: Layers that count, at least one.
+        unread: Positions, int64 on the CPU, ascending, that no row sees: they have no KV yet. Whole spans of
+            :data:`SPAN` positions. An engine whose blocks are larger runs them, too.
     """
 
     rows: torch.Tensor
     question: torch.Tensor
     layers: range
+    unread: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,9 +81,11 @@ class PromptForward:
         assert forward_pass.deviations is not None
         return forward_pass.deviations.cpu()
 
-    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+    def question_attention(
+        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+    ) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`."""
-        forward_pass = _Pass(self._kv, rows, question_rows=len(question), question_layers=layers)
+        forward_pass = _Pass(self._kv, rows, question_rows=len(question), question_layers=layers, unread=unread)
         with contextlib.suppress(_Stop):
             self._run(forward_pass)
         self._extend_exact(rows)
@@ -161,6 +163,7 @@ class _Pass(Cache):
         question_rows: The last so many rows are the question, whose attention is watched; nothing is computed that only
             logits would need.
         question_layers: The layers where it counts.
+        unread: int64 positions, ascending, that no row sees.
     """
 
     def __init__(
@@ -172,16 +175,25 @@ class _Pass(Cache):
         deviation_keys: bool = False,
         question_rows: int = 0,
         question_layers: range = range(0),
+        unread: torch.Tensor | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.rows = rows.to(kv.device)
         self.deviations: torch.Tensor | None = None
-        self._end = int(rows[-1]) + 1
+        end = int(rows[-1]) + 1
+        # What rows see, and their places in it: attention asks for no more, since keys stand where they are used.
+        self._seen: slice | torch.Tensor = slice(end)
+        self._places = self.rows
+        if unread is not None and len(unread):
+            is_seen = torch.ones(end, dtype=torch.bool)
+            is_seen[unread] = False
+            self._seen = is_seen.nonzero().flatten().to(kv.device)
+            self._places = torch.searchsorted(self._seen, self.rows)
         self._kv = kv
         self._deviation_layer = deviation_layer
         self._deviation_keys = deviation_keys
         self._question_layers = question_layers
-        self.question_mass = torch.zeros(self._end, dtype=torch.float32, device=kv.device)
+        self.question_mass = torch.zeros(end, dtype=torch.float32, device=kv.device)
         self._question_rows = question_rows
         self._attention: dict[int | None, RowAttention] = {}  # by sliding window
 
@@ -199,23 +211,23 @@ class _Pass(Cache):
         values[self.rows] = fresh_values
         if layer_idx == self._deviation_layer:
             raise _Stop
-        return keys[: self._end].transpose(0, 1)[None], values[: self._end].transpose(0, 1)[None]
+        return keys[self._seen].transpose(0, 1)[None], values[self._seen].transpose(0, 1)[None]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
-        """Attention of the rows over all positions: ``[1, heads, rows, head_dim]``."""
+        """Attention of the rows over what they see: ``[1, heads, rows, head_dim]``."""
         context = len(self.rows) - self._question_rows
         parts = []
         if context:
             if window not in self._attention:
-                self._attention[window] = RowAttention(self.rows[:context], query.dtype, window)
+                self._attention[window] = RowAttention(self._places[:context], query.dtype, window)
             parts.append(self._attention[window](query[:, :, :context], key, value, scale))
         if self._question_rows:
-            asked, mass = attend_and_watch(query[:, :, context:], key, value, self.rows[context:], scale)
+            asked, mass = attend_and_watch(query[:, :, context:], key, value, self._places[context:], scale)
             parts.append(asked)
             if layer in self._question_layers:
-                self.question_mass += mass
+                self.question_mass[self._seen] += mass
             if layer == len(self._kv) - 1:
                 raise _Stop
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

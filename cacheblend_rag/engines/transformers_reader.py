@@ -121,7 +121,7 @@ class PromptReader:
             started = time.perf_counter()
             segments = self._library.match(ids, exclude=unreadable)
             layout = PromptLayout.of_prompt(ids, segments, self._primer_ids)
-            stats.decision, stats.reason = decide(layout, config)
+            stats.decision, stats.reason = decide(layout, config, len(self._primer_kv))
             if stats.decision == "prefill":
                 layout = PromptLayout.build(len(ids))
             elif stats.decision == "prefix":

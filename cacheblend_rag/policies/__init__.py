@@ -72,9 +72,12 @@ def is_built_in(name: str) -> bool:
 
 def _check_policy(name: str, policy: object) -> None:
     flags = (getattr(policy, name, None) for name in ("reads_question", "adapts"))
-    is_one = callable(getattr(policy, "select", None)) and all(isinstance(flag, bool) for flag in flags)
+    methods = (getattr(policy, name, None) for name in ("select", "cost"))
+    is_one = all(map(callable, methods)) and all(isinstance(flag, bool) for flag in flags)
     if not is_one or isinstance(policy, type):
-        raise ConfigError(f"policy {name!r} must be an object with select(), reads_question and adapts, not {policy!r}")
+        raise ConfigError(
+            f"policy {name!r} must be an object with select(), cost(), reads_question and adapts, not {policy!r}"
+        )
 
 
 @functools.cache

@@ -29,6 +29,12 @@ class SelectionPolicy(Protocol):
     reads_question: bool
     adapts: bool
 
+    def cost(self, layout: PromptLayout, config: BlendConfig, num_layers: int) -> float:
+        """What :meth:`select` takes at most, in rows that run through all layers; a passing estimate will do.
+
+        With ``mode="auto"``, a prompt is blended only if that spares it more.
+        """
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """Choose.
 

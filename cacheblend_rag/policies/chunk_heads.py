@@ -26,6 +26,10 @@ class ChunkHeads:
     reads_question = False
     adapts = False
 
+    def cost(self, layout: PromptLayout, config: BlendConfig, num_layers: int) -> float:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        return 0.0
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         yield from ()

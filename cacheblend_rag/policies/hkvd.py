@@ -39,6 +39,10 @@ class HKVD:
     def __init__(self, *, keys: bool = False) -> None:
         self._keys = keys
 
+    def cost(self, layout: PromptLayout, config: BlendConfig, num_layers: int) -> float:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`. As if later checks were of as many tokens."""
+        return len(_measured(layout, layout.matched)) * sum(layer + 1 for layer in config.check_layers) / num_layers
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         candidates = layout.matched
@@ -59,8 +63,11 @@ def measure_deviations(
 
     What is missed before the last chunk runs along: the candidates are to see it as it is.
     """
-    missed = layout.missed[layout.missed < layout.question_start]
-    rows = in_order(candidates, missed)
+    rows = _measured(layout, candidates)
     deviations = yield Deviations(rows, layer, keys)
     rows, candidates = upload(rows, deviations.device), upload(candidates, deviations.device)
     return deviations[torch.searchsorted(rows, candidates)]
+
+
+def _measured(layout: PromptLayout, candidates: torch.Tensor) -> torch.Tensor:
+    return in_order(candidates, layout.missed[layout.missed < layout.question_start])

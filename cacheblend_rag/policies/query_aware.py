@@ -7,17 +7,18 @@ all tokens.
 
 Source: this project.
 
-Cost: one pass over the missed tokens (the template, the question, cold chunks).
+Cost: one pass over the missed tokens (the template, the question), but for the most of cold chunks.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from cacheblend_rag.layout import upload
-from cacheblend_rag.passes import QuestionAttention, Selection
+from cacheblend_rag.passes import SPAN, QuestionAttention, Selection
 from cacheblend_rag.policies.base import top_positions
 from cacheblend_rag.policies.hkvd import HKVD
 
@@ -44,12 +45,22 @@ class QueryAware:
     reads_question = True
     adapts = True
 
+    def cost(self, layout: PromptLayout, config: BlendConfig, num_layers: int) -> float:
+        """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
+        question = find_question(layout)
+        if question is None:
+            return HKVD().cost(layout, config, num_layers)
+        wanted = read_question(layout, question, range(num_layers))
+        # What stands before everything that is stale or not read is exact then: it is not computed again.
+        first = min(int(wanted.unread[0]) if len(wanted.unread) else layout.length, layout.segments[0].start)
+        return int((wanted.rows >= first).sum())
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
+        attention = yield read_question(layout, question, watched_layers(config, num_layers))
         matched = upload(layout.matched, attention.device)
         scores = attention[matched]
         return "query_aware", top_positions(matched, scores, budget.spend(scores, ATTENTION_LEFT))
@@ -59,6 +70,25 @@ def find_question(layout: PromptLayout) -> torch.Tensor | None:
     """The positions of the question (int64, ascending), or None where none follows the passages."""
     question = torch.arange(layout.question_start, layout.length)[-MAX_QUESTION_TOKENS:]
     return question if len(question) >= MIN_QUESTION_TOKENS else None
+
+
+def read_question(layout: PromptLayout, question: torch.Tensor, layers: range) -> QuestionAttention:
+    """The pass that watches the question. It leaves out cold chunks, which would be computed twice.
+
+    Whole spans that no known chunk covers are left out, but for the one that the prompt begins with: attention that has
+    nowhere else to go goes there.
+    """
+    is_cold = np.zeros(-(-layout.length // SPAN) * SPAN, bool)
+    is_cold[layout.missed.numpy()] = True
+    for segment in layout.segments:  # its forced tokens are missed, too
+        is_cold[segment.start : segment.end] = False
+    is_cold[int(question[0]) :] = False
+    spans = is_cold.reshape(-1, SPAN)
+    spans &= spans.all(axis=1, keepdims=True)
+    spans[0] = False
+    unread = np.flatnonzero(spans)
+    rows = layout.missed if not len(unread) else layout.missed[torch.from_numpy(~is_cold)[layout.missed]]
+    return QuestionAttention(rows, question, layers, torch.from_numpy(unread))
 
 
 def watched_layers(config: BlendConfig, num_layers: int) -> range:

@@ -33,10 +33,10 @@ from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
-from cacheblend_rag.vllm.messages import BlendJob, Refusal, StepJobs, WorkerReports
+from cacheblend_rag.vllm.messages import BlendJob, FoundAtStart, StepJobs, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
-from cacheblend_rag.vllm.probe import measure_prefill, probe, probed_kernel_passes
+from cacheblend_rag.vllm.probe import measure_blend, measure_prefill, probe, probed_kernel_passes
 from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
 from cacheblend_rag.vllm.settings import ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
@@ -75,8 +75,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerHalf | None = None
         self._promised: dict[str, BlendJob] = {}  # prompts that the workers are to fill in, by request
         self._worker: WorkerHalf | None = None
-        self._prefill_seconds: float | None = None
-        self._has_told = False
+        self._found: FoundAtStart | None = None
         self._failed_blocks: set[int] = set()
         self._unsupported = ""
         try:
@@ -140,14 +139,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """See the base class."""
-        for refusal in metadata.values():
-            if self._scheduler is not None and isinstance(refusal, Refusal):
-                self._scheduler.refusal = refusal.reason
+        if self._scheduler is not None:
+            self._scheduler.note_start([found for found in metadata.values() if isinstance(found, FoundAtStart)])
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        """See the base class. Which rank of a pipeline refuses its model does not matter."""
+        """See the base class. Which rank of a pipeline tells what does not matter."""
         self.set_xfer_handshake_metadata(dict(enumerate(metadata.values())))
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -176,11 +174,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self._give_up(error)
             return
         self._worker = WorkerHalf(model, self._open_store())
-        self._prefill_seconds = measure_prefill(model)
+        prefill_seconds = measure_prefill(model)
+        blend_seconds = None if prefill_seconds is None else measure_blend(model, prefill_seconds)
+        self._found = FoundAtStart("", prefill_seconds, blend_seconds)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """See the base class. What vLLM carries to the scheduler before it serves: that the loaded model won't do."""
-        return Refusal(self._unsupported) if self._unsupported else None
+        """See the base class. What vLLM carries to the scheduler before it serves."""
+        return FoundAtStart(self._unsupported) if self._unsupported else self._found
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See the base class."""
@@ -224,11 +224,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if self._worker is None:
             return None
         reports, brought, read = self._worker.take_reports(), self._worker.take_brought(), self._worker.take_read()
-        if self._has_told and not (reports or brought or read[0]):
+        if not (reports or brought or read[0]):
             return None
-        prefill_seconds = None if self._has_told else self._prefill_seconds
-        self._has_told = True
-        return WorkerReports(self._engine_id, reports, brought, read, prefill_seconds)
+        return WorkerReports(self._engine_id, reports, brought, read)
 
     # Anywhere
 

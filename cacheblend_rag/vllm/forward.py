@@ -12,6 +12,7 @@ question to ``kernel_passes.py``, which gives the same in less time.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import time
@@ -26,8 +27,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from cacheblend_rag.attention.rows import watch
 from cacheblend_rag.blending import Moment
 from cacheblend_rag.chunks import ChunkKV
-from cacheblend_rag.layout import upload
+from cacheblend_rag.layout import in_order, upload
 from cacheblend_rag.matching import Segment
+from cacheblend_rag.passes import SPAN
 from cacheblend_rag.rope import rotate_keys, shift_table
 from cacheblend_rag.store.codecs import decode
 from cacheblend_rag.vllm.compat import fast_operators
@@ -62,11 +64,13 @@ class PromptRows:
 
     Attributes:
         token_ids: int64 ``[prompt tokens]``.
+        positions: int64 ``[prompt tokens]``: what RoPE is told.
         rows: int64 ``[rows]``, ascending, at least one.
         block_ids: int64 ``[blocks]``: the prompt's block table.
     """
 
     token_ids: torch.Tensor
+    positions: torch.Tensor
     rows: torch.Tensor
     block_ids: torch.Tensor
 
@@ -94,6 +98,7 @@ class PagedForward:
         self.deviation_passes: list[tuple[torch.Tensor, int]] = []
         self._model = model
         self._token_ids = upload(token_ids, model.kv.device)
+        self._positions = torch.arange(len(token_ids), device=model.kv.device)
         blocks = -(-len(token_ids) // model.kv.block_size)
         self.block_ids = upload(torch.tensor(block_ids[:blocks], dtype=torch.int64), model.kv.device)
 
@@ -168,8 +173,34 @@ class PagedForward:
         deviation: torch.Tensor = self._model.tp.all_reduce(torch.cat(found))
         return deviation
 
-    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+    def question_attention(
+        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+    ) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`. The mean is over all ranks' heads."""
+        asked = self.leaving_out(rows, question, unread)
+        attention = asked.forward._question_attention(asked.rows, asked.question, layers)
+        self.extend_exact(rows)
+        return asked.spread(attention)
+
+    def leaving_out(self, rows: torch.Tensor, question: torch.Tensor, unread: torch.Tensor) -> AskedPrompt:
+        """The prompt as rows see it that don't see some spans of it. What that takes is to leave out their blocks."""
+        block_size = self._model.kv.block_size
+        if SPAN % block_size:  # larger blocks: more of it is read than has to be
+            rows, unread = in_order(rows, unread), unread[:0]
+        if not len(unread):
+            return AskedPrompt(self, rows, question, None, len(self._token_ids))
+        is_seen = torch.ones(len(self._token_ids), dtype=torch.bool)
+        is_seen[unread] = False
+        seen = is_seen.nonzero().flatten()
+        where = upload(seen, self._model.kv.device)
+        part = copy.copy(self)
+        part._token_ids, part._positions = self._token_ids[where], self._positions[where]
+        part.block_ids = self.block_ids[where[::block_size] // block_size]
+        return AskedPrompt(
+            part, torch.searchsorted(seen, rows), torch.searchsorted(seen, question), where, len(self._token_ids)
+        )
+
+    def _question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
         model, kv = self._model, self._model.kv
         mass = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
         numbers = {id(model.layers[layer]): layer for layer in layers}
@@ -200,7 +231,6 @@ class PagedForward:
             watched = [model.layers[n] for n in layers]
             with self._in_place(self.num_layers), _hooked(watched, after=look), contextlib.suppress(_Stop):
                 self._run(part, where)
-        self.extend_exact(rows)
         total: torch.Tensor = model.tp.all_reduce(mass)
         return total.div_(model.tp.world_size * len(layers))
 
@@ -216,11 +246,12 @@ class PagedForward:
         if not len(rows):
             return []
         parts = torch.split(upload(rows, self._model.kv.device), self._model.max_rows)
-        return [PromptRows(self._token_ids, part, self.block_ids) for part in parts]
+        return [PromptRows(self._token_ids, self._positions, part, self.block_ids) for part in parts]
 
     def _run(self, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last layer, ``[rows, hidden_size]``; see :meth:`_slices`."""
-        return run_rows(self._model, self._token_ids[where], where, where, self.block_ids, on_cpu=rows)
+        token_ids, positions = self._token_ids[where], self._positions[where]
+        return run_rows(self._model, token_ids, where, positions, self.block_ids, on_cpu=rows)
 
     def _slices(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows as the simple path takes them, on the CPU and on the device."""
@@ -248,6 +279,31 @@ class PagedForward:
         following = rows[rows >= self.exact_tokens]
         in_order = following == torch.arange(self.exact_tokens, self.exact_tokens + len(following))
         self.exact_tokens += int(in_order.long().cumprod(0).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedPrompt:
+    """A prompt that a question is asked of, or what it is to see of it.
+
+    Attributes:
+        forward: The prompt, or a shorter one of those of its tokens that are seen, which stand where they stood.
+        rows: What is run: places in it.
+        question: The last of them.
+        seen: int64, on the device: the positions of its tokens; None: all.
+        length: Tokens of the whole prompt.
+    """
+
+    forward: PagedForward
+    rows: torch.Tensor
+    question: torch.Tensor
+    seen: torch.Tensor | None
+    length: int
+
+    def spread(self, attention: torch.Tensor) -> torch.Tensor:
+        """What is known of each seen token, as what is known of each token: nothing of others."""
+        if self.seen is None:
+            return attention
+        return attention.new_zeros(self.length).index_copy_(0, self.seen, attention)
 
 
 def run_rows(

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # A pass over more rows than these is worth an eager launch, and is sliced by the engine's own limit anyway.
 _MOST_CAPTURED = 8192
-# Rows of a question, its template, and perhaps a passage that was not warm.
+# Rows of a question, its template, and the edges of what was not warm.
 _MOST_WATCHED = 512
 # From so many rows on, FlashAttention takes the keys that the rows of a bucket share.
 _FEW = 128
@@ -140,7 +140,7 @@ class KernelPasses:
         found: list[torch.Tensor] = []
 
         def measure(key: torch.Tensor, value: torch.Tensor) -> None:
-            where, counted = self._positions[:size], key if keys else None
+            where, counted = _padded(prompt.rows, size), key if keys else None
             found.append(measure_deviations(self._model.kv, layer, prompt.block_ids, where, counted, value))
 
         self._forward(size, stop=layer, before_stop=measure)
@@ -172,7 +172,7 @@ class KernelPasses:
         torch.cat([prompt.token_ids[of_prompt] for prompt, of_prompt in each], out=self._token_ids[:size])
         blocks = torch.cat([prompt.block_ids[of_prompt // block_size] for prompt, of_prompt in each])
         torch.add(rows % block_size, blocks, alpha=block_size, out=self._slots[:size])
-        self._positions[:size] = rows
+        torch.cat([prompt.positions[of_prompt] for prompt, of_prompt in each], out=self._positions[:size])
         self._places[:size] = rows
         tiles = np.repeat(np.arange(len(prompts), dtype=np.int32), np.array(counts) // self.tile)
         self._tile_sequence[: size // self.tile].copy_(upload(torch.from_numpy(tiles), rows.device))
@@ -267,7 +267,7 @@ class KernelPasses:
         """
         last = len(self._model.layers) - 1
         zero = torch.zeros(1, dtype=torch.int64, device=self._positions.device)
-        nowhere = PromptRows(zero, zero, zero)
+        nowhere = PromptRows(zero, zero, zero, zero)
         pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(), graph_capture(device=self._positions.device) as context:
             for watching in (False, True):

@@ -89,13 +89,11 @@ class Box:
         reports: By request id.
         brought: Bytes of chunks that are in memory now, by key.
         read: Tokens of chunks that were read from disk, and seconds that it took.
-        prefill_seconds: What plain prefill takes at least, a token; None: not known.
     """
 
     reports: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     brought: dict[str, int] = dataclasses.field(default_factory=dict)
     read: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    prefill_seconds: float | None = None
 
 
 class WorkerReports(KVConnectorWorkerMetadata):
@@ -110,7 +108,6 @@ class WorkerReports(KVConnectorWorkerMetadata):
         reports: By request id.
         brought: Bytes of chunks that have been brought to memory, by key.
         read: Tokens of chunks that were read from disk, and seconds that it took; (0, 0.0) if none were.
-        prefill_seconds: What plain prefill takes at least, a token; None: not known, or told before.
     """
 
     def __init__(
@@ -119,14 +116,12 @@ class WorkerReports(KVConnectorWorkerMetadata):
         reports: dict[str, dict[str, Any]],
         brought: dict[str, int],
         read: tuple[int, float],
-        prefill_seconds: float | None,
     ) -> None:
-        self._told = engine_id, reports, brought, read, prefill_seconds
+        self._told = engine_id, reports, brought, read
         box = _boxes.get(engine_id)
         if box is not None:
             box.reports.update(reports)
             box.brought.update(brought)
-            box.prefill_seconds = prefill_seconds or box.prefill_seconds
             if read[0]:
                 box.read.append(read)
 
@@ -152,11 +147,15 @@ def close_box(engine_id: str) -> None:
 
 
 @dataclasses.dataclass
-class Refusal(KVConnectorHandshakeMetadata):
-    """A worker tells the scheduler half, before anything is served, that its model can't be blended.
+class FoundAtStart(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler half of the loaded model before anything is served.
 
     Attributes:
-        reason: Why.
+        refusal: Why it can't be blended; empty if it can.
+        prefill_seconds: What plain prefill takes at least, a token; None: not known.
+        blend_seconds: What a blend takes beside the tokens that it computes; None: not known.
     """
 
-    reason: str
+    refusal: str
+    prefill_seconds: float | None = None
+    blend_seconds: float | None = None

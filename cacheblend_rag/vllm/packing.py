@@ -11,7 +11,7 @@ import torch
 
 from cacheblend_rag.blending import BlendResult, run_pass
 from cacheblend_rag.passes import Pass, QuestionAttention, Recompute
-from cacheblend_rag.vllm.forward import PagedForward, PromptRows
+from cacheblend_rag.vllm.forward import AskedPrompt, PagedForward, PromptRows
 from cacheblend_rag.vllm.model import PagedModel
 
 MOST_PROMPTS = 16
@@ -63,12 +63,16 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
     """Run passes of one kind; what fails has its exception in place of a result."""
     found: dict[int, torch.Tensor | Exception] = {}
     questions: list[tuple[int, PromptRows]] = []
+    asked: dict[int, AskedPrompt] = {}
     scattered: list[tuple[int, PromptRows]] = []
     passes = model.kernel_passes
     for number, (forward, one) in enumerate(zip(forwards, wanted, strict=True)):
         match one:
-            case QuestionAttention() if passes is not None and passes.takes_question(one.rows):
-                questions += [(number, rows) for rows in forward.slices(one.rows)]
+            case QuestionAttention() if passes is not None and passes.takes_question(
+                (seen := forward.leaving_out(one.rows, one.question, one.unread)).rows
+            ):
+                asked[number] = seen
+                questions += [(number, rows) for rows in seen.forward.slices(seen.rows)]
             case Recompute() if passes is not None and passes.takes(one.rows[:-1]):
                 scattered += [(number, rows) for rows in forward.slices(one.rows[:-1])]
                 found[number] = torch.empty(0)  # the last row is left to vLLM's own step
@@ -91,12 +95,15 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
         asking = [one for one in (wanted[number] for number, _ in packed) if isinstance(one, QuestionAttention)]
         try:
             attention = passes.question_attention(
-                [rows for _, rows in packed], [int(one.question[0]) for one in asking], [one.layers for one in asking]
+                [rows for _, rows in packed],
+                [int(asked[number].question[0]) for number, _ in packed],
+                [one.layers for one in asking],
             )
-            for (number, _), asked, mass in zip(packed, asking, attention, strict=True):
-                forwards[number].extend_exact(wanted[number].rows)
+            for (number, _), one, mass in zip(packed, asking, attention, strict=True):
+                forwards[number].extend_exact(one.rows)
                 # The mean over all ranks' heads: all have to choose the same tokens.
-                found[number] = model.tp.all_reduce(mass).div_(model.tp.world_size * len(asked.question))
+                mean = model.tp.all_reduce(mass).div_(model.tp.world_size * len(one.question))
+                found[number] = asked[number].spread(mean)
         except Exception as error:
             found.update((number, error) for number, _ in packed)
     return [found[number] for number in range(len(wanted))]

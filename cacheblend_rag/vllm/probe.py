@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cacheblend_rag.blending import blend_passes
 from cacheblend_rag.chunks import ChunkKV, ChunkScope, ModelFingerprint
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import UnsupportedModelError
+from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.matching import Segment
-from cacheblend_rag.store.codecs import encode
+from cacheblend_rag.store.codecs import encode, stored_dtype
 from cacheblend_rag.vllm.forward import PagedForward, PromptRows, run_rows, slot_mapping
 from cacheblend_rag.vllm.model import PagedModel
+from cacheblend_rag.vllm.packing import run_blends
 
 if TYPE_CHECKING:
     from cacheblend_rag.vllm.kernel_passes import KernelPasses
@@ -38,6 +42,7 @@ _THROUGH_LAYERS = 5
 _WRONG = 100.0  # far from any key or value
 _PASSES = (32, 128, 512, 2048)  # rows: more gain little
 _MOST_SECONDS = 1.0  # that a start waits for them
+_MATCHED, _ASKED = 256, 32  # tokens of a short prompt
 _GAIN = 0.9
 
 
@@ -111,6 +116,72 @@ def measure_prefill(model: PagedModel) -> float | None:
     return seconds
 
 
+@torch.inference_mode()
+def measure_blend(model: PagedModel, prefill_seconds: float) -> float | None:
+    """What a blend takes beside the tokens that it computes, in seconds; None if it can't be told.
+
+    A short prompt is blended by the default policy: its passes wait for the weights, or for the host. The last row's
+    pass, which plain prefill does not need, counts too.
+
+    Args:
+        model: As it will blend.
+        prefill_seconds: See :func:`measure_prefill`.
+    """
+    tokens = _MATCHED + _ASKED
+    if any(model.agree([tokens * prefill_seconds > _MOST_SECONDS])):
+        return 0.0  # next to what tokens take, it is nothing
+    if tokens > min((model.kv.num_blocks - 1) * model.kv.block_size, model.max_rows, len(model.cos_sin)):
+        return None
+    kv = model.kv
+    scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
+    zeros = torch.zeros(
+        (len(model.layers), 2, _MATCHED, kv.num_kv_heads, kv.head_dim), dtype=stored_dtype("raw", kv.dtype)
+    )
+    chunk = ChunkKV("timed", scope, np.zeros(_MATCHED, np.int32), 0, zeros)
+    if model.kernel_passes is not None:
+        model.kernel_passes.stream.pinned.pin(chunk)  # before the clock starts, as chunks are when they come to memory
+    took = []
+    for _ in range(3):  # the first one may have to choose kernels
+        started = time.perf_counter()
+        computed = 0
+        try:
+            computed = _blend_once(model, chunk)
+        except Exception:  # nothing depends on it but which short prompts are blended
+            logger.debug("a blend could not be timed", exc_info=True)
+        if any(model.agree([not computed])):
+            return None
+        took.append(time.perf_counter() - started)
+    return max(0.0, min(took) - computed * prefill_seconds)
+
+
+def _blend_once(model: PagedModel, chunk: ChunkKV) -> int:
+    """Blend a chunk and a question behind it; returns how many rows that ran."""
+    tokens = len(chunk.ids) + _ASKED
+    vocabulary = model.vllm_config.model_config.get_vocab_size()
+    token_ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+    block_ids = list(range(1, -(-tokens // model.kv.block_size) + 1))
+    segment = Segment(0, len(chunk.ids), chunk.key, 0)
+    pieces, passes = [(chunk, segment)], model.kernel_passes
+    fault: Exception | None = None
+    try:
+        forward = PagedForward(model, token_ids, block_ids, 0)
+        if passes is None or not passes.stream.place([(pieces, forward.block_ids)]):
+            forward.place(pieces)
+    except Exception as error:  # out of memory, perhaps: then no rank goes on to where all take part
+        fault = error
+    if any(model.agree([fault is not None])):
+        raise RuntimeError("cached KV could not be put in place") from fault
+    layout = PromptLayout.build(tokens, [segment])
+    (end,) = run_blends(model, [(forward, blend_passes(forward, layout, BlendConfig(mode="blend")))])
+    if isinstance(end, Exception):
+        raise end
+    if passes is not None:
+        passes.stream.wait_for_all()
+    last = torch.tensor([tokens - 1], device=model.kv.device)
+    run_rows(model, token_ids.to(model.kv.device)[last], last, last, forward.block_ids)[-1].cpu()
+    return 2 * _ASKED + len(end.recomputed)
+
+
 def _pass_seconds(model: PagedModel, rows: int) -> float:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.vllm_config.model_config.get_vocab_size()
@@ -178,7 +249,7 @@ def _kernel_errors(model: PagedModel, passes: KernelPasses, codec: str) -> dict[
         pieces = [(chunk, Segment(0, tokens, chunk.key, 0))]
         if not passes.stream.place([(pieces, forward.block_ids)]):
             raise RuntimeError("the staging buffer is too small")
-        passes.recompute([PromptRows(token_ids, some, block_ids)])
+        passes.recompute([PromptRows(token_ids, places, some, block_ids)])
         miss = _relative(forward.read(0, tokens)[:, :, 1::3], whole[:, :, 1::3])
         errors[f"a pass over {len(some)} of {tokens} tokens changes what it computes"] = (miss, _THROUGH_LAYERS)
     return errors

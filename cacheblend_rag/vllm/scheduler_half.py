@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import struct
 import time
 from collections import OrderedDict
@@ -31,7 +32,7 @@ from cacheblend_rag.matching import Segment
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.vllm.costs import DiskChunk, DiskCosts
 from cacheblend_rag.vllm.isolation import BlockHashes, Marks, Salts
-from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs, close_box, open_box
+from cacheblend_rag.vllm.messages import BlendJob, FoundAtStart, SaveJob, StepJobs, close_box, open_box
 from cacheblend_rag.vllm.metrics import BlendMetrics
 from cacheblend_rag.vllm.settings import PARAMS_KEY, ConnectorSettings, RequestParams
 from cacheblend_rag.vllm.waiting import DiskWait, MemoryTier
@@ -39,6 +40,7 @@ from cacheblend_rag.vllm.waiting import DiskWait, MemoryTier
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 4096  # finished requests whose stats can be asked for
+_GOES_ON = "goes on from blended blocks in the prefix cache"
 _IDLE_SECONDS = 0.001  # of a step without work, while chunks are read: the reading needs the time
 
 
@@ -57,6 +59,7 @@ class _Plan:
         marks: Where its blocks are salted; empty unless it is to be blended.
         cached: Tokens that the prefix cache had of it when it was planned.
         wait: What it waits for, if chunks of it are on disk only.
+        reason: Why it is read as it was planned.
         left_out: Keys of known chunks that are not used: they are on disk, and prefill is done sooner.
         rows: Most rows that its blend recomputes.
         spoilt: Whether its blended blocks are none that others may read.
@@ -75,6 +78,7 @@ class _Plan:
     marks: Marks = ()
     cached: int = 0
     wait: DiskWait | None = None
+    reason: str = ""
     left_out: frozenset[str] = frozenset()
     rows: int = 0
     spoilt: bool = False
@@ -82,12 +86,13 @@ class _Plan:
     answer: dict[str, Any] | None = None
     first_token_at: float | None = None
 
-    def decide(self, layout: PromptLayout) -> None:
+    def decide(self, layout: PromptLayout, num_layers: int, overhead: int) -> None:
         """Decide how the prompt is read, and say why in the stats."""
-        self.stats.decision, self.stats.reason = decide(layout, self.params.blend)
+        self.stats.decision, self.stats.reason = decide(layout, self.params.blend, num_layers, overhead)
         if self.left_out:
             slow = f"{len(self.left_out)} known chunks are on disk, where reading takes longer than prefill"
             self.stats.reason = f"{self.stats.reason}; {slow}" if layout.segments else slow
+        self.reason = self.stats.reason
 
 
 class SchedulerHalf:
@@ -134,6 +139,7 @@ class SchedulerHalf:
         self._special_ids = list(special_ids)
         self._primer_ids = np.asarray(library.scope.primer_ids, np.int32)
         self._num_layers = num_layers
+        self._overhead = 0  # see decide()
         self._context_window = context_window
         self._block_size = block_size
         self._step_rows = step_rows
@@ -151,6 +157,14 @@ class SchedulerHalf:
     def bind_block_pool(self, block_pool: Any) -> None:
         """VLLM's pool of blocks, asked which are cached."""
         self._block_pool = block_pool
+
+    def note_start(self, found: Sequence[FoundAtStart]) -> None:
+        """What each worker has found out of the loaded model: a step takes as long as the slowest one."""
+        self.refusal = next((one.refusal for one in found if one.refusal), self.refusal)
+        prefill = max((one.prefill_seconds for one in found if one.prefill_seconds is not None), default=None)
+        blend = max((one.blend_seconds for one in found if one.blend_seconds is not None), default=None)
+        self.costs.prefill = prefill
+        self._overhead = 0 if prefill is None or blend is None else math.ceil(blend / prefill)
 
     def new_request(self, request: Any) -> None:
         """See the module."""
@@ -205,11 +219,11 @@ class SchedulerHalf:
         layout = plan.layout
         if layout is None or layout.prefix != hit:
             plan.layout = layout = PromptLayout.after_hit(plan.ids, plan.segments, self._primer_ids, hit)
-        plan.decide(layout)
+        # Whatever has been evicted since it was planned: plain KV must not get into blocks with blended ones' names.
+        plan.stats.decision, plan.stats.reason = "blend", plan.reason
         if hit > plan.marks[0][0] * self._block_size:
-            # However little is left: read otherwise than the first time, the same prompt would get another answer.
             plan.stats.decision = "blend" if layout.segments else "prefix"
-            plan.stats.reason = "goes on from blended blocks in the prefix cache"
+            plan.stats.reason = _GOES_ON
         if plan.stats.decision != "blend":
             return 0
         if self._is_held_by_disk(plan, hit):
@@ -274,8 +288,6 @@ class SchedulerHalf:
         for tokens, seconds in self._box.read:
             self.costs.note_read(tokens, seconds)
         self._box.read.clear()
-        if self._box.prefill_seconds is not None:
-            self.costs.prefill, self._box.prefill_seconds = self._box.prefill_seconds, None
 
     def allocated(self, request: Any, block_ids: list[int], filled_in: int) -> None:
         """The request has blocks; ``filled_in`` tokens are for the workers to fill in."""
@@ -419,12 +431,9 @@ class SchedulerHalf:
         if config.mode == "blend" and segments:
             hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
         layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
-        plan.decide(layout)
-        if plan.stats.decision != "blend":
-            if plan.hashes is not None:
-                plan.marks = ()
-                plan.hashes.salt(())  # as they were
-            return set()
+        plan.decide(layout, self._num_layers, self._overhead)
+        if not layout.segments:
+            return self._leave_plain(plan)
         plan.hashes = plan.hashes or BlockHashes(request)
         first_block = _first_loaded(layout) // self._block_size
         chosen_from = plan.ids, plan.hashes.plain, segments, config, first_block
@@ -439,6 +448,11 @@ class SchedulerHalf:
             plan.hashes.salt(plan.marks)
             cached = self._cached_tokens(request)
         plan.cached = cached
+        if cached > plan.marks[0][0] * self._block_size:
+            # However little is left: read otherwise than the first time, the same prompt would get another answer.
+            plan.stats.decision, plan.reason = "blend", _GOES_ON
+        if plan.stats.decision != "blend":
+            return self._leave_plain(plan)
         lost = max(cached - hit, 0)  # blended tokens that are found under these salts only
         if config.mode == "auto" and (slow := self.costs.too_slow(self._on_disk(plan, segments), lost)):
             return slow
@@ -446,6 +460,13 @@ class SchedulerHalf:
         self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, plan.marks)
         plan.layout = layout
         plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
+        return set()
+
+    def _leave_plain(self, plan: _Plan) -> set[str]:
+        """A plan that is not to blend after all; returns what :meth:`_plan_blend` does then."""
+        plan.marks = ()
+        if plan.hashes is not None:
+            plan.hashes.salt(())  # as they were
         return set()
 
     def _on_disk(self, plan: _Plan, segments: Sequence[Segment]) -> list[DiskChunk]:

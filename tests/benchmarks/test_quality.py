@@ -177,6 +177,19 @@ def test_a_run_and_its_merge(
     assert "query_aware, none primer" in paths["plot.svg"].read_text()
 
 
+def test_cold_passages(small_smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for cold in ("0", "0.5"):
+        path = tmp_path / f"{cold}.json"
+        arguments = ["--data", data, "--questions", 1, "--policies", "reads_cold", "--budgets", "0.5", "--cold", cold]
+        run(
+            monkeypatch, "--model", small_smollm2, "--dtype", "float32", "--device", "cpu", *arguments, "--json", path,
+            "--max-tokens", 2,
+        )  # fmt: skip
+        shares.append(rows_of(path)["full reuse"]["computed_share"])
+    assert shares[0] < 0.7 * shares[1] < 0.7
+
+
 @pytest.mark.slow
 def test_a_run_on_the_example_corpus(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
@@ -200,6 +213,12 @@ def test_what_is_not_blended_is_left_out(
     (dataset,) = json.loads(path.read_text())["datasets"]
     assert dataset["left_out"] == ["0: full reuse: only an exact prefix is known, 0 faults"]
     assert dataset["rows"] == []
+
+
+@pytest.mark.parametrize("cold", ["1", "-0.1"])
+def test_bad_shares_are_refused(cold: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--model", "any", "--cold", cold)
 
 
 @pytest.mark.parametrize("budgets", ["0,0.15", "1.5", "half"])

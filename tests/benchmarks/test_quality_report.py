@@ -20,6 +20,7 @@ SETTINGS = {
     "model": "m",
     "dtype": "float32",
     "best_last": False,
+    "cold": 0.0,
     "max_tokens": 8,
     "corpus_tokens": 10,
     "primer": "system",

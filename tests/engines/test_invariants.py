@@ -60,6 +60,9 @@ class _RandomChoice:
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
+    def cost(self, *args: object) -> float:
+        return 0.0
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
         order = torch.randperm(len(layout.matched), generator=self._generator)[: budget.ceiling]

@@ -53,8 +53,10 @@ class FakeForward:
         self.passes.append(Deviations(rows, layer, keys))
         return self._deviations[rows]
 
-    def question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
-        self.passes.append(QuestionAttention(rows, question, layers))
+    def question_attention(
+        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+    ) -> torch.Tensor:
+        self.passes.append(QuestionAttention(rows, question, layers, unread))
         return self._attention
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:

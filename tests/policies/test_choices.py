@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig, PolicyError, policies
 from cacheblend_rag.blending import blend
 from cacheblend_rag.budget import Budget
-from cacheblend_rag.layout import PromptLayout
-from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
+from cacheblend_rag.layout import PromptLayout, in_order
+from cacheblend_rag.passes import SPAN, Deviations, Pass, QuestionAttention, Recompute, Selection
+from cacheblend_rag.policies.query_aware import find_question, read_question
 
 from .conftest import FakeForward, Shape, make_layout, shapes
 
@@ -267,6 +268,9 @@ class _Gives:
     def __init__(self, choice: Callable[[PromptLayout, int], object]) -> None:
         self._choice = choice
 
+    def cost(self, *args: object) -> float:
+        return 0.0
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
         return "something else", self._choice(layout, budget.ceiling)  # type: ignore[return-value]
@@ -298,3 +302,27 @@ def test_a_bad_choice_names_the_policy(
     assert not forward.passes  # nothing was computed from it
     monkeypatch.setitem(policies._POLICIES, "mine", _Gives(lambda layout, budget: layout.matched[:budget]))
     assert choose(forward, layout, policy="mine", forced_tokens=1) == [3, 4, 5, 6, 7, 25]
+
+
+@given(shapes, st.lists(st.tuples(st.integers(0, 700), st.integers(1, 300)), max_size=4), st.booleans())
+def test_the_question_leaves_out_what_is_cold(shape: Shape, cold: list[tuple[int, int]], is_forced: bool) -> None:
+    """Whole spans, none of them first or in the question; whatever else is missed is read."""
+    layout = make_layout([*shape.runs, *cold], question=shape.question, prefix=shape.prefix)
+    question = find_question(layout)
+    assume(question is not None)
+    assert question is not None
+    if is_forced:
+        layout = layout.counting_as_missed(layout.matched[::2])
+    wanted = read_question(layout, question, range(2, 4))
+    assert torch.equal(in_order(wanted.rows, wanted.unread), layout.missed)
+    assert torch.equal(wanted.rows[-len(question) :], question)
+    spans = wanted.unread.view(-1, SPAN)
+    assert torch.equal(spans, spans[:, :1] // SPAN * SPAN + torch.arange(SPAN))
+    assert not (spans[:, 0] == 0).any()
+    # As many as there are: forced tokens are read, whatever is missed around them.
+    is_missed = torch.zeros(layout.length, dtype=torch.bool)
+    is_missed[layout.missed] = True
+    for segment in layout.segments:
+        is_missed[segment.start : segment.end] = False
+    starts = range(SPAN, int(question[0]) - SPAN + 1, SPAN)
+    assert len(spans) == sum(bool(is_missed[start : start + SPAN].all()) for start in starts)

@@ -25,6 +25,9 @@ class Tails:
     reads_question = False
     adapts = False
 
+    def cost(self, layout, config, num_layers):
+        return 0
+
     def select(self, layout, budget, config, num_layers):
         yield from ()
         return "tails", layout.matched[-budget.ceiling :]
@@ -39,9 +42,15 @@ class _Tails:
     reads_question = False
     adapts = False
 
+    def cost(self, *args: object) -> float:
+        return 0.0
+
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()
         return "tails", layout.matched[-budget.ceiling :]
+
+
+_NO_COST = type("NoCost", (), {"select": print, "reads_question": False, "adapts": False})()
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +93,9 @@ def test_a_name_is_given_once(name: str, install: Callable[[str, str, str], None
         register_policy(name, _Tails())
 
 
-@pytest.mark.parametrize("policy", [_Tails, None, torch.topk, type("NoField", (), {"select": print})()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [_Tails, None, torch.topk, type("NoField", (), {"select": print})(), _NO_COST], ids=str
+)
 def test_what_is_no_policy_is_refused(policy: object) -> None:
     with pytest.raises(ConfigError, match="'mine' must be an object"):
         register_policy("mine", policy)  # type: ignore[arg-type]

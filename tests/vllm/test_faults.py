@@ -294,6 +294,9 @@ def test_a_policy_that_breaks_its_contract(case: Case, monkeypatch: pytest.Monke
         reads_question = False
         adapts = False
 
+        def cost(self, *args: object) -> float:
+            return 0.0
+
         def select(self, layout: PromptLayout, *args: Any) -> Selection:
             yield from ()
             return "broken", layout.missed[:1]

@@ -17,6 +17,7 @@ from cacheblend_rag.budget import Budget
 from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Selection
+from cacheblend_rag.vllm.forward import AskedPrompt, PagedForward
 
 from .conftest import (
     Case,
@@ -208,6 +209,40 @@ def test_kernels_measure_what_the_backend_measures(
     assert shared > 0.8  # the rest is rounding
 
 
+def with_cold_text(case: Case, seed: int) -> str:
+    """A prompt with a passage that is not warm between some that are."""
+    before, question = case.prompt(seed, chunks=4).rsplit("Question", 1)
+    cold = random_text(200 + seed, 1500)
+    return f"{before}Passage 5: {cold}\n\nPassage 6: {CHUNKS[seed % 8]}\n\nQuestion{question}"
+
+
+def test_kernels_leave_out_cold_chunks(
+    case: Case, choices: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the question's pass does not read is poisoned, for the kernels and for the backend."""
+    model = connectors(case.engine)[1]._worker._model
+    if model.kernel_passes is None:
+        pytest.skip("no kernels for this case")
+    asked: list[int] = []
+    leaving_out = PagedForward.leaving_out
+
+    def record(self: PagedForward, rows: torch.Tensor, question: torch.Tensor, unread: torch.Tensor) -> AskedPrompt:
+        asked.append(len(unread))
+        return leaving_out(self, rows, question, unread)
+
+    monkeypatch.setattr(PagedForward, "leaving_out", record)
+    ids = case.ids(with_cold_text(case, 6))
+    fast = case.logits(ids)
+    monkeypatch.setattr(model, "kernel_passes", None)
+    simple = case.logits(ids)
+    assert torch.isfinite(fast).all() and torch.isfinite(simple).all()
+    assert min(asked) >= 128 and len(asked) == 2
+    with_kernels, without = (set(positions.tolist()) for positions in choices)
+    shared = len(with_kernels & without) / min(len(with_kernels), len(without))
+    print(f"{asked[0]} tokens left out, {shared:.0%} of the choice shared")
+    assert shared > 0.8  # the rest is rounding
+
+
 class _Gives:
     """A policy that is not ours, which chooses on the GPU."""
 
@@ -216,6 +251,9 @@ class _Gives:
 
     def __init__(self, positions: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._positions = positions
+
+    def cost(self, *args: object) -> float:
+        return 0.0
 
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         yield from ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,26 @@ def test_generated_blocks_are_kept_apart_too(case: Case) -> None:
     whole = case.ids(text) + blended.token_ids
     plain = engine.generate(whole, max_tokens=2, blend={"mode": "off"})
     assert plain.stats.prefix_tokens == 0
+
+
+def test_a_next_turn_goes_on_however_little_it_spares(case: Case) -> None:
+    """To plain prefix caching's eyes, what was answered before would be computed twice."""
+    passages = "\n\n".join(case.chunks[:4])
+    ids = case.ids(f"Read these passages, then answer.\n{passages}\n\nQuestion: what comes next, and why?\nAnswer:")
+    too_much = {"mode": "auto", "min_reused_tokens": len(ids) - 10}
+    reason = case.engine.generate(ids, max_tokens=1, blend=too_much).stats.reason
+    reused, cost = map(int, re.findall(r"\d+", reason)[:2])
+    auto = {"mode": "auto", "min_reused_tokens": reused - cost}
+    forget_prefixes(case.engine)
+    first = case.engine.generate(ids, max_tokens=1, blend=auto).stats
+    assert first.decision == "blend"
+    turn = [*ids, *case.ids(random_text(77, 60) + " And then, what else comes, and why?")]
+    second = case.engine.generate(turn, max_tokens=1, blend=auto).stats
+    assert second.reason == "goes on from blended blocks in the prefix cache"
+    assert second.prefix_tokens >= len(ids) - 128
+    forget_prefixes(case.engine)
+    alone = case.engine.generate(turn, max_tokens=1, blend=auto).stats
+    assert alone.decision == "prefill"  # by itself it would not pay
 
 
 def test_exact_blocks_that_vanish_before_scheduling_are_not_replaced_by_blended_ones(

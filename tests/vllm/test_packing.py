@@ -21,7 +21,7 @@ from cacheblend_rag.vllm.forward import PagedForward, PromptRows, is_scattered, 
 from cacheblend_rag.vllm.model import PagedModel
 from cacheblend_rag.vllm.packing import MOST_PROMPTS, packs
 
-from .conftest import Case, alone, assert_alike, connectors, together
+from .conftest import Case, alone, assert_alike, connectors, random_text, together
 
 SETTINGS: dict[str, Any] = {"max_tokens": 4, "logprobs": 2}
 
@@ -34,6 +34,7 @@ class StandIn:
         self.tile = 16
         self.recomputed: list[int] = []
         self.asked: list[int] = []
+        self.seen: list[int] = []  # tokens of their prompts, without what is left out
         self.fails = False
         nothing = SimpleNamespace(pin=lambda chunk: False)
         self.stream = SimpleNamespace(
@@ -58,17 +59,20 @@ class StandIn:
         if self.fails:
             raise RuntimeError("injected")
         for prompt in prompts:
-            run_rows(self._model, prompt.token_ids[prompt.rows], prompt.rows, prompt.rows, prompt.block_ids)
+            positions = prompt.positions[prompt.rows]
+            run_rows(self._model, prompt.token_ids[prompt.rows], prompt.rows, positions, prompt.block_ids)
 
     def question_attention(
         self, prompts: Sequence[PromptRows], starts: Sequence[int], layers: Sequence[range]
     ) -> list[torch.Tensor]:
         self.asked.append(len(prompts))
+        self.seen += [len(prompt.token_ids) for prompt in prompts]
         found = []
         for prompt, start, counting in zip(prompts, starts, layers, strict=True):
             forward = PagedForward(self._model, prompt.token_ids, prompt.block_ids.tolist(), 0)
+            forward._positions = prompt.positions
             question = prompt.rows[prompt.rows >= start]
-            found.append(forward.question_attention(prompt.rows, question, counting) * len(question))
+            found.append(forward._question_attention(prompt.rows, question, counting) * len(question))
         return found
 
 
@@ -100,6 +104,22 @@ def test_blends_of_a_step_share_their_passes(case: Case, stand_in: StandIn) -> N
     assert (stand_in.asked, stand_in.recomputed) == ([1] * 3, [1] * 3)
     answers = together(case.engine, [(prompt, {"blend": {"mode": "blend"}, **SETTINGS}) for prompt in prompts])
     assert (stand_in.asked[3:], stand_in.recomputed[3:]) == ([3], [3])
+    assert_alike(answers, expected)
+    assert [answer.stats.policy for answer in answers] == ["query_aware"] * 3
+
+
+def test_passes_leave_out_cold_chunks(case: Case, stand_in: StandIn) -> None:
+    """Of prompts that share a pass, each its own."""
+    prompts = []
+    for seed, cold in ((60, 600), (61, 0), (62, 900)):
+        before, question = case.prompt(seed, chunks=3).rsplit("Question", 1)
+        prompts.append(f"{before}Passage 4: {random_text(seed, cold)}\n\n{case.chunks[0]}\n\nQuestion{question}")
+    expected = alone(case, prompts, blend={"mode": "blend"}, **SETTINGS)
+    answers = together(case.engine, [(prompt, {"blend": {"mode": "blend"}, **SETTINGS}) for prompt in prompts])
+    assert stand_in.asked == [1] * 3 + [3]
+    left_out = [len(case.ids(prompt)) - seen for prompt, seen in zip(prompts * 2, stand_in.seen, strict=True)]
+    assert left_out[0] >= 256 and left_out[1] == 0 and left_out[2] >= 512
+    assert left_out[3:] == left_out[:3]
     assert_alike(answers, expected)
     assert [answer.stats.policy for answer in answers] == ["query_aware"] * 3
 
@@ -144,6 +164,9 @@ def test_one_that_fails_fails_alone(case: Case, stand_in: StandIn, monkeypatch: 
     class Broken:
         reads_question = False
         adapts = False
+
+        def cost(self, *args: object) -> float:
+            return 0.0
 
         def select(self, *args: Any) -> Selection:
             yield from ()

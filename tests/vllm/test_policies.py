@@ -14,8 +14,9 @@ from cacheblend_rag.engines.fingerprint import _digest_weights
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.model_profile import ModelProfile, write_profile
 from cacheblend_rag.store import open_store
+from cacheblend_rag.vllm.forward import PagedForward
 
-from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes
+from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes, random_text
 
 PROFILED = (1, 3)  # neither end is that of the last half
 
@@ -98,6 +99,45 @@ def test_both_engines_choose_alike(
         )
         if chosen == expected:
             assert mine.token_ids == theirs.token_ids
+
+
+@pytest.mark.parametrize("policy", ["query_aware", "hybrid"])
+def test_both_engines_leave_out_cold_chunks(
+    engines: Engines,
+    directory: str,
+    store: Path,
+    embedded: TransformersEngine,
+    choices: list[torch.Tensor],
+    policy: str,
+) -> None:
+    """What the question's pass leaves out is poisoned in both."""
+    engine = engines.get(directory, store)
+    engine.warm(CHUNKS)
+    left_out: list[int] = []
+    question_pass = PagedForward.question_attention
+
+    def record(self: PagedForward, rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        left_out.append(len(args[-1]))
+        return question_pass(self, rows, *args)
+
+    blend = {"policy": policy, "recompute_ratio": 0.2}
+    for seed in range(3):
+        before, question = Case(engine, CHUNKS).prompt(seed, chunks=3).rsplit("Question", 1)
+        cold = random_text(100 + seed, 500)
+        prompt = f"{before}Passage 4: {cold}\n\nPassage 5: {CHUNKS[seed]}\n\nQuestion{question}"
+        forget_prefixes(engine)
+        theirs = embedded.generate(prompt, max_tokens=4, blend=blend, logprobs=3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PagedForward, "question_attention", record)
+            mine = engine.generate(prompt, max_tokens=4, blend=blend, logprobs=3)
+        expected, chosen = (set(positions.tolist()) for positions in choices[-2:])
+        assert len(chosen) == len(expected) > 80
+        assert len(chosen ^ expected) <= 2
+        assert mine.stats.missed_tokens == theirs.stats.missed_tokens > 400
+        if chosen == expected:
+            assert mine.token_ids == theirs.token_ids
+    assert all(count >= 256 and count % 128 == 0 for count in left_out)
+    assert len(left_out) == 3
 
 
 @pytest.mark.parametrize(

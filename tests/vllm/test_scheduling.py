@@ -610,7 +610,7 @@ def test_without_memory_steps_read_what_is_sooner_read(engines: Engines, model: 
     half = connectors(engine)[0]._scheduler
     assert engine.generate(case.prompt(0), max_tokens=1, blend=AUTO).stats.decision == "blend"
     step(case)
-    assert half.costs.prefill == connectors(engine)[1]._prefill_seconds > 0  # what the worker timed has been told
+    assert half.costs.prefill == connectors(engine)[1]._found.prefill_seconds > 0  # what the worker timed has been told
     assert half.costs._reads  # the step's own reads
     half.costs.prefill = 1e-12
     assert engine.generate(case.prompt(1), max_tokens=1, blend=AUTO).stats.decision == "prefill"

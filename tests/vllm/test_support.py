@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from cacheblend_rag import (
 )
 from cacheblend_rag.vllm import compat, messages, support
 from cacheblend_rag.vllm import probe as probing
+from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
 from cacheblend_rag.vllm.settings import ConnectorSettings, RequestParams
 
-from .conftest import CHUNKS, PRIMER, WIDE, Engines, connectors, open_engine
+from .conftest import CHUNKS, PRIMER, WIDE, Case, Engines, connectors, forget_prefixes, open_engine
 
 MLA: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -181,7 +183,7 @@ def test_served_plainly_where_asked(
     with open_engine(model, engine_args={"on_unsupported": "prefill"}) as engine:
         if found_by == "probe":  # on the ranks of a pipeline, say
             half = connectors(engine)[0]._scheduler
-            refusal, half.refusal = messages.Refusal(half.refusal), ""
+            refusal, half.refusal = messages.FoundAtStart(half.refusal), ""
             connectors(engine)[0].set_xfer_handshake_metadata_pp_aware({(0, 0): refusal, (1, 0): refusal})
         assert engine.warm(CHUNKS).stored == 0
         answer = engine.generate("Read. " + CHUNKS[0] + " What?", max_tokens=6)
@@ -328,3 +330,52 @@ def test_bad_arguments_of_load_engine(model: str, engines: Engines) -> None:
         load_engine("no/such-model", engine="vllm")
     with pytest.raises(ConfigError, match="check_layers"):
         load_engine(model, engine="vllm", blend=BlendConfig(check_layers=(7,)), engine_args={"enforce_eager": True})
+
+
+def test_a_blend_is_timed_at_start(model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tokens that plain prefill would take as long for. A start does not fail for it."""
+    told: list[Any] = []
+    note_start = SchedulerHalf.note_start
+    monkeypatch.setattr(SchedulerHalf, "note_start", lambda half, found: told.append(found) or note_start(half, found))
+    engine = engines.get(model, namespace="timed")
+    worker = connectors(engine)[1]
+    found = worker._found
+    assert found.prefill_seconds > 0
+    assert found.blend_seconds >= 0
+    assert told[-1] == [found]
+
+    paged = worker._worker._model
+    times = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])  # the second is the shortest
+    monkeypatch.setattr(probing, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    computed = 2 * 32 + int(0.15 * 256)
+    assert probing.measure_blend(paged, 1e-3) == pytest.approx(2.0 - computed * 1e-3)
+    monkeypatch.undo()
+    assert probing.measure_blend(paged, 0.1) == 0.0  # tokens take so long that nothing else counts
+    forget_prefixes(engine)  # what was blended stood in blocks that nobody had
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(probing, "_blend_once", fail)
+    assert probing.measure_blend(paged, 1e-3) is None
+    monkeypatch.setattr(paged, "cos_sin", paged.cos_sin[:100])
+    assert probing.measure_blend(paged, 1e-3) is None
+
+
+def test_short_prompts_are_prefilled_where_a_blend_takes_longer(
+    model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines.get(model)
+    engine.warm(CHUNKS)
+    half = connectors(engine)[0]._scheduler
+    prompt = Case(engine, CHUNKS).prompt(0)
+    half.note_start([messages.FoundAtStart("", 1e-3, 0.0)])
+    auto = {"mode": "auto", "min_reused_tokens": 10}
+    assert engine.generate(prompt, max_tokens=1, blend=auto).stats.decision == "blend"
+    forget_prefixes(engine)
+    half.note_start([messages.FoundAtStart("", 1e-4), messages.FoundAtStart("", 1e-3, 0.9999)])
+    stats = engine.generate(prompt, max_tokens=1, blend=auto).stats
+    assert stats.decision == "prefill"
+    assert stats.reason.endswith("a blend takes as long as prefill of 1000")
+    assert engine.generate(prompt, max_tokens=1, blend={"mode": "blend"}).stats.decision == "blend"
+    half.note_start([])
