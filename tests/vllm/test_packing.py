@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from cacheblend_rag import policies
 from cacheblend_rag.passes import Selection
+from cacheblend_rag.vllm import forward
 from cacheblend_rag.vllm.forward import PagedForward, PromptRows, is_scattered, run_rows
 from cacheblend_rag.vllm.model import PagedModel
 from cacheblend_rag.vllm.packing import MOST_PROMPTS, packs
@@ -122,6 +123,20 @@ def test_passes_leave_out_cold_chunks(case: Case, stand_in: StandIn) -> None:
     assert left_out[3:] == left_out[:3]
     assert_alike(answers, expected)
     assert [answer.stats.policy for answer in answers] == ["query_aware"] * 3
+
+
+@pytest.mark.parametrize("most_watched", [2048, 300])
+def test_larger_blocks_are_read_whole(
+    case: Case, stand_in: StandIn, most_watched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing is left out, and the pass may be too long for the kernels."""
+    before, question = case.prompt(61, chunks=3).rsplit("Question", 1)
+    ids = case.ids(f"{before}Passage 4: {random_text(61, 700)}\n\n{case.chunks[0]}\n\nQuestion{question}")
+    monkeypatch.setattr(forward, "SPAN", 100)
+    stand_in.most_watched = most_watched
+    stats = case.engine.generate(ids, max_tokens=1, blend={"mode": "blend"}).stats
+    assert (stats.decision, stats.policy) == ("blend", "query_aware")
+    assert stand_in.seen == ([len(ids)] if most_watched == 2048 else [])
 
 
 def test_those_that_choose_otherwise_join_in(case: Case, stand_in: StandIn) -> None:
