@@ -27,9 +27,8 @@ def decide(layout: PromptLayout, config: BlendConfig, num_layers: int, overhead:
     if config.mode == "blend":
         return "blend", "mode is blend"
     budget = Budget.of(len(layout.matched), config)
-    reused = len(layout.matched) - budget.ceiling  # in any case
+    reused, cost = _reused_and_cost(layout, config, budget, num_layers)
     at_least = "" if budget.floor == budget.ceiling else "at least "
-    cost = _cost_of_choosing(layout, config, budget, num_layers)
     if reused - cost < max(config.min_reused_tokens, overhead):
         least = f"min_reused_tokens is {config.min_reused_tokens}"
         if overhead > config.min_reused_tokens:
@@ -41,8 +40,19 @@ def decide(layout: PromptLayout, config: BlendConfig, num_layers: int, overhead:
     return "blend", f"reuses {at_least}{reused} of {layout.length} tokens"
 
 
+def spared_tokens(layout: PromptLayout, config: BlendConfig, num_layers: int) -> int:
+    """Tokens that a blend computes less than plain prefill does, choosing included, at least; see :func:`decide`."""
+    reused, cost = _reused_and_cost(layout, config, Budget.of(len(layout.matched), config), num_layers)
+    return reused - cost
+
+
+def _reused_and_cost(layout: PromptLayout, config: BlendConfig, budget: Budget, num_layers: int) -> tuple[int, int]:
+    """Tokens that are reused in any case, and tokens that choosing the others takes."""
+    return len(layout.matched) - budget.ceiling, _cost_of_choosing(layout, config, budget, num_layers)
+
+
 def _cost_of_choosing(layout: PromptLayout, config: BlendConfig, budget: Budget, num_layers: int) -> int:
-    forced = forced_positions(layout, config, budget.ceiling)
+    forced = forced_positions(layout, config, budget.ceiling) if config.forced_tokens else layout.matched[:0]
     if len(forced) == budget.ceiling or budget.floor == len(layout.matched):
         return 0  # nothing is left to choose
     layout = layout.counting_as_missed(forced) if len(forced) else layout

@@ -97,18 +97,20 @@ class PromptLayout:
 
     def counting_as_missed(self, positions: torch.Tensor) -> PromptLayout:
         """The same prompt when some matched positions (int64, ascending) are recomputed whatever is chosen."""
-        is_among = torch.zeros(self.length, dtype=torch.bool)
-        is_among[positions] = True
+        is_among = np.zeros(self.length, bool)
+        is_among[positions.numpy()] = True
+        matched = self.matched.numpy()
         return dataclasses.replace(
             self,
-            matched=self.matched[~is_among[self.matched]],
+            matched=torch.from_numpy(matched[~is_among[matched]]),
             missed=in_order(self.missed, positions),
         )
 
     def places_in_segments(self) -> torch.Tensor:
         """For each matched position, how many tokens of its segment stand before it: int64 ``[matched]``."""
-        starts = torch.tensor([segment.start for segment in self.segments], dtype=torch.int64)
-        return self.matched - starts[torch.searchsorted(starts, self.matched, right=True) - 1]
+        starts = np.array([segment.start for segment in self.segments], np.int64)
+        matched = self.matched.numpy()
+        return torch.from_numpy(matched - starts[np.searchsorted(starts, matched, "right") - 1])
 
     @property
     def question_start(self) -> int:

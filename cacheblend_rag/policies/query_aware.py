@@ -53,7 +53,7 @@ class QueryAware:
         wanted = read_question(layout, question, range(num_layers))
         # What stands before everything that is stale or not read is exact then: it is not computed again.
         first = min(int(wanted.unread[0]) if len(wanted.unread) else layout.length, layout.segments[0].start)
-        return int((wanted.rows >= first).sum())
+        return int(np.count_nonzero(wanted.rows.numpy() >= first))  # torch would wake its threads
 
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
@@ -87,8 +87,8 @@ def read_question(layout: PromptLayout, question: torch.Tensor, layers: range) -
     spans &= spans.all(axis=1, keepdims=True)
     spans[0] = False
     unread = np.flatnonzero(spans)
-    rows = layout.missed if not len(unread) else layout.missed[torch.from_numpy(~is_cold)[layout.missed]]
-    return QuestionAttention(rows, question, layers, torch.from_numpy(unread))
+    missed = layout.missed.numpy()
+    return QuestionAttention(torch.from_numpy(missed[~is_cold[missed]]), question, layers, torch.from_numpy(unread))
 
 
 def watched_layers(config: BlendConfig, num_layers: int) -> range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections import deque
@@ -124,12 +125,13 @@ class DiskCosts:
             seconds = max(seconds, since - oldest.at)
         return max(0.0, seconds - (time.monotonic() - since))
 
-    def too_slow(self, chunks: Sequence[DiskChunk], lost: int = 0) -> set[str]:
+    def too_slow(self, chunks: Sequence[DiskChunk], lost: int = 0, most: float = math.inf) -> set[str]:
         """Those chunks that prefill is done with sooner than they are read. None, as long as too little is known.
 
         Args:
             chunks: On disk, of one prompt.
             lost: Tokens that have to be computed, too, if any chunk is left out.
+            most: What blending the prompt gains at all, in tokens that could be prefilled in that time.
         """
         if self.prefill is None or self._read is None:
             return set()
@@ -138,7 +140,7 @@ class DiskCosts:
             return set()
         worth = [chunk for chunk in chunks if chunk.to_read * self._read <= chunk.spared * self.prefill]
         seconds = self.wait + sum(chunk.to_read for chunk in worth) * self._read
-        if seconds > sum(chunk.spared for chunk in worth) * self.prefill:
+        if seconds > min(sum(chunk.spared for chunk in worth), most) * self.prefill:
             worth = []
         return {chunk.key for chunk in chunks} - {chunk.key for chunk in worth}
 

@@ -189,16 +189,15 @@ class PagedForward:
             rows, unread = in_order(rows, unread), unread[:0]
         if not len(unread):
             return AskedPrompt(self, rows, question, None, len(self._token_ids))
-        is_seen = torch.ones(len(self._token_ids), dtype=torch.bool)
-        is_seen[unread] = False
-        seen = is_seen.nonzero().flatten()
-        where = upload(seen, self._model.kv.device)
+        is_seen = np.ones(len(self._token_ids), bool)
+        is_seen[unread.numpy()] = False
+        seen = np.flatnonzero(is_seen)
+        where = upload(torch.from_numpy(seen), self._model.kv.device)
         part = copy.copy(self)
         part._token_ids, part._positions = self._token_ids[where], self._positions[where]
         part.block_ids = self.block_ids[where[::block_size] // block_size]
-        return AskedPrompt(
-            part, torch.searchsorted(seen, rows), torch.searchsorted(seen, question), where, len(self._token_ids)
-        )
+        rows, question = (torch.from_numpy(np.searchsorted(seen, some.numpy())) for some in (rows, question))
+        return AskedPrompt(part, rows, question, where, len(self._token_ids))
 
     def _question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
         model, kv = self._model, self._model.kv

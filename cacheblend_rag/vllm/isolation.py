@@ -180,6 +180,10 @@ class Salts:
             )
         return marks
 
+    def has_earlier(self, ids: TokenIds, plain: Sequence[bytes], config: BlendConfig) -> bool:
+        """Whether a prompt is the next turn of one that was blended, or the same."""
+        return any(True for _ in self._find(ids, plain, _settings(config)))
+
     def left_out_before(self, ids: TokenIds, plain: Sequence[bytes], config: BlendConfig) -> frozenset[str]:
         """Keys of known chunks that the turn before was blended without. With them, its blocks would not be found."""
         return next((earlier.left_out for earlier in self._find(ids, plain, _settings(config))), frozenset())

@@ -24,7 +24,7 @@ import numpy as np
 import cacheblend_rag
 from cacheblend_rag.budget import Budget, ratios
 from cacheblend_rag.chunks import TokenIds
-from cacheblend_rag.decision import decide
+from cacheblend_rag.decision import decide, spared_tokens
 from cacheblend_rag.errors import ChunkTooLongError, ConfigError, StoreError
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
@@ -432,9 +432,10 @@ class SchedulerHalf:
             hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
         layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
         plan.decide(layout, self._num_layers, self._overhead)
-        if not layout.segments:
-            return self._leave_plain(plan)
         plan.hashes = plan.hashes or BlockHashes(request)
+        may_blend = plan.stats.decision == "blend" or self._salts.has_earlier(plan.ids, plan.hashes.plain, config)
+        if not layout.segments or not may_blend:
+            return self._leave_plain(plan)
         first_block = _first_loaded(layout) // self._block_size
         chosen_from = plan.ids, plan.hashes.plain, segments, config, first_block
         plan.marks = self._salts.choose(*chosen_from)
@@ -454,9 +455,11 @@ class SchedulerHalf:
         if plan.stats.decision != "blend":
             return self._leave_plain(plan)
         lost = max(cached - hit, 0)  # blended tokens that are found under these salts only
-        if config.mode == "auto" and (slow := self.costs.too_slow(self._on_disk(plan, segments), lost)):
+        # Even if all chunks were there: no more than this is gained.
+        most = math.inf if lost else spared_tokens(layout, config, self._num_layers) - self._overhead
+        if config.mode == "auto" and (slow := self.costs.too_slow(self._on_disk(plan, segments), lost, most)):
             return slow
-        self._wait_for_disk(plan, segments, lost)
+        self._wait_for_disk(plan, segments, lost, most)
         self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, plan.marks)
         plan.layout = layout
         plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
@@ -482,13 +485,13 @@ class SchedulerHalf:
             DiskChunk(key, 0 if self.costs.is_coming(key) else self._tokens_of(key), spared[key]) for key in missing
         ]
 
-    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment], lost: int = 0) -> None:
-        """Let a request wait for what of it is on disk, or else lose so many tokens that are in the prefix cache."""
+    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment], lost: int = 0, most: float = math.inf) -> None:
+        """Let a request wait for what of it is on disk; see :meth:`DiskCosts.too_slow`."""
         chunks = self._on_disk(plan, segments) if self._settings.memory_bytes else []
         if chunks:
             keys = [chunk.key for chunk in chunks]
             self._fetch(keys)
-            plan.wait = DiskWait(set(keys), sum(chunk.spared for chunk in chunks) + lost)
+            plan.wait = DiskWait(set(keys), min(sum(chunk.spared for chunk in chunks) + lost, most))
 
     def _fetch(self, keys: Sequence[str]) -> None:
         """Have chunks brought from disk to the workers' memory."""

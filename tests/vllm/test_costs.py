@@ -44,6 +44,17 @@ def test_what_is_lost_with_a_chunk_counts_too(chunks: list[DiskChunk], lost: int
         assert slow == alone
 
 
+@given(chunks=disk_chunks, most=st.floats(0, 10**4), prefill=seconds_a_token, read=seconds_a_token)
+def test_no_longer_is_waited_than_the_whole_blend_gains(
+    chunks: list[DiskChunk], most: float, prefill: float, read: float
+) -> None:
+    costs = known(prefill, read)
+    slow = costs.too_slow(chunks, most=most)
+    assert slow >= costs.too_slow(chunks)
+    waited_for = [chunk for chunk in chunks if chunk.key not in slow]
+    assert sum(chunk.to_read for chunk in waited_for) * read <= most * prefill * (1 + 1e-9)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The time, to be set."""
