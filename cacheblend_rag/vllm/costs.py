@@ -126,7 +126,7 @@ class DiskCosts:
         return max(0.0, seconds - (time.monotonic() - since))
 
     def too_slow(self, chunks: Sequence[DiskChunk], lost: int = 0, most: float = math.inf) -> set[str]:
-        """Those chunks that prefill is done with sooner than they are read. None, as long as too little is known.
+        """Those chunks that take longer to read than they save. None, as long as too little is known.
 
         Args:
             chunks: On disk, of one prompt.
@@ -136,7 +136,7 @@ class DiskCosts:
         if self.prefill is None or self._read is None:
             return set()
         everything = sum(chunk.to_read for chunk in chunks) * self._read + self.wait
-        if lost and everything <= (lost + sum(chunk.spared for chunk in chunks)) * self.prefill:
+        if lost and everything <= min(lost + sum(chunk.spared for chunk in chunks), most) * self.prefill:
             return set()
         worth = [chunk for chunk in chunks if chunk.to_read * self._read <= chunk.spared * self.prefill]
         seconds = self.wait + sum(chunk.to_read for chunk in worth) * self._read

@@ -190,13 +190,13 @@ class PagedForward:
         if not len(unread):
             return AskedPrompt(self, rows, question, None, len(self._token_ids))
         is_seen = np.ones(len(self._token_ids), bool)
-        is_seen[unread.numpy()] = False
+        is_seen[unread.cpu().numpy()] = False
         seen = np.flatnonzero(is_seen)
         where = upload(torch.from_numpy(seen), self._model.kv.device)
         part = copy.copy(self)
         part._token_ids, part._positions = self._token_ids[where], self._positions[where]
         part.block_ids = self.block_ids[where[::block_size] // block_size]
-        rows, question = (torch.from_numpy(np.searchsorted(seen, some.numpy())) for some in (rows, question))
+        rows, question = (torch.from_numpy(np.searchsorted(seen, some.cpu().numpy())) for some in (rows, question))
         return AskedPrompt(part, rows, question, where, len(self._token_ids))
 
     def _question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:

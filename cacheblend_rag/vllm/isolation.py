@@ -47,11 +47,19 @@ class BlockHashes:
     def salt(self, marks: Marks) -> None:
         """Give the blocks from each mark on hashes of their own, those of tokens to be generated included.
 
+        Args:
+            marks: Where; with none, all hashes are plain.
+
         Raises:
             Exception: whatever goes wrong; the hashes are plain then.
         """
         request, hasher = self._request, self._hasher
         if hasher is None:
+            return
+        if not marks:  # as they were
+            request._block_hasher = hasher
+            request.block_hashes[:] = self.plain
+            request.update_block_hashes()
             return
         plain = list(self.plain)
         digests = _digests(marks)
@@ -180,9 +188,13 @@ class Salts:
             )
         return marks
 
-    def has_earlier(self, ids: TokenIds, plain: Sequence[bytes], config: BlendConfig) -> bool:
-        """Whether a prompt is the next turn of one that was blended, or the same."""
-        return any(True for _ in self._find(ids, plain, _settings(config)))
+    def may_go_on(self, ids: TokenIds, plain: Sequence[bytes], config: BlendConfig) -> bool:
+        """Whether blended blocks may be in the prefix cache that a prompt would find with the salts of :meth:`choose`.
+
+        They are those of the same prompt or of the turn before; of prompts with the same passages, if the policy does
+        not look at the question.
+        """
+        return not get_policy(config.policy).reads_question or any(self._find(ids, plain, _settings(config)))
 
     def left_out_before(self, ids: TokenIds, plain: Sequence[bytes], config: BlendConfig) -> frozenset[str]:
         """Keys of known chunks that the turn before was blended without. With them, its blocks would not be found."""

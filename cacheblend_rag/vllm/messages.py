@@ -27,7 +27,7 @@ class BlendJob:
         segments: Matched runs of the whole prompt.
         salted_from: Position from which on the prompt's blocks are hidden from others: none before may be blended.
         config: The request's settings.
-        left_out: Keys of chunks that are known and not used: they are on disk, and prefill is done sooner.
+        left_out: Keys of chunks that are known and not used: they are on disk, and reading takes longer than it saves.
         reason: Why it is blended.
         salt: Names the prompt cache's blended blocks that the hit may hold.
         block_ids: The request's block table.

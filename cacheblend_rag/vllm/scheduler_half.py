@@ -60,7 +60,7 @@ class _Plan:
         cached: Tokens that the prefix cache had of it when it was planned.
         wait: What it waits for, if chunks of it are on disk only.
         reason: Why it is read as it was planned.
-        left_out: Keys of known chunks that are not used: they are on disk, and prefill is done sooner.
+        left_out: Keys of known chunks that are not used: they are on disk, and reading them takes longer than it saves.
         rows: Most rows that its blend recomputes.
         spoilt: Whether its blended blocks are none that others may read.
         block_ids: Its block table, of a chunk to be stored.
@@ -90,7 +90,7 @@ class _Plan:
         """Decide how the prompt is read, and say why in the stats."""
         self.stats.decision, self.stats.reason = decide(layout, self.params.blend, num_layers, overhead)
         if self.left_out:
-            slow = f"{len(self.left_out)} known chunks are on disk, where reading takes longer than prefill"
+            slow = f"{len(self.left_out)} known chunks are on disk, where reading takes longer than it saves"
             self.stats.reason = f"{self.stats.reason}; {slow}" if layout.segments else slow
         self.reason = self.stats.reason
 
@@ -432,10 +432,12 @@ class SchedulerHalf:
             hit = min(hit, segments[0].start)  # blend also what could be had from the prefix cache
         layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, hit)
         plan.decide(layout, self._num_layers, self._overhead)
-        plan.hashes = plan.hashes or BlockHashes(request)
-        may_blend = plan.stats.decision == "blend" or self._salts.has_earlier(plan.ids, plan.hashes.plain, config)
-        if not layout.segments or not may_blend:
+        if not layout.segments:
             return self._leave_plain(plan)
+        plain = plan.hashes.plain if plan.hashes is not None else request.block_hashes
+        if plan.stats.decision != "blend" and not self._salts.may_go_on(plan.ids, plain, config):
+            return self._leave_plain(plan)
+        plan.hashes = plan.hashes or BlockHashes(request)
         first_block = _first_loaded(layout) // self._block_size
         chosen_from = plan.ids, plan.hashes.plain, segments, config, first_block
         plan.marks = self._salts.choose(*chosen_from)
@@ -455,11 +457,10 @@ class SchedulerHalf:
         if plan.stats.decision != "blend":
             return self._leave_plain(plan)
         lost = max(cached - hit, 0)  # blended tokens that are found under these salts only
-        # Even if all chunks were there: no more than this is gained.
-        most = math.inf if lost else spared_tokens(layout, config, self._num_layers) - self._overhead
-        if config.mode == "auto" and (slow := self.costs.too_slow(self._on_disk(plan, segments), lost, most)):
+        on_disk = self._on_disk(plan, segments) if config.mode == "auto" else []
+        if on_disk and (slow := self.costs.too_slow(on_disk, lost, self._gain(plan, segments, lost))):
             return slow
-        self._wait_for_disk(plan, segments, lost, most)
+        self._wait_for_disk(plan, segments, lost)
         self._salts.remember(plan.ids, plan.hashes.plain, segments, config, plan.left_out, plan.marks)
         plan.layout = layout
         plan.segments = tuple(segments)  # last: nothing is blended unless it is kept apart
@@ -485,13 +486,27 @@ class SchedulerHalf:
             DiskChunk(key, 0 if self.costs.is_coming(key) else self._tokens_of(key), spared[key]) for key in missing
         ]
 
-    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment], lost: int = 0, most: float = math.inf) -> None:
-        """Let a request wait for what of it is on disk; see :meth:`DiskCosts.too_slow`."""
+    def _gain(self, plan: _Plan, segments: Sequence[Segment], lost: int) -> float:
+        """How many tokens could be prefilled in the time that blending a prompt saves if all its chunks are there.
+
+        Args:
+            plan: The request's, in mode ``"auto"``.
+            segments: Matched runs of the whole prompt.
+            lost: Tokens of it that are in the prefix cache only as it is to be blended.
+        """
+        layout = PromptLayout.after_hit(plan.ids, segments, self._primer_ids, plan.cached)
+        return max(lost + spared_tokens(layout, plan.params.blend, self._num_layers) - self._overhead, 0)
+
+    def _wait_for_disk(self, plan: _Plan, segments: Sequence[Segment], lost: int = 0) -> None:
+        """Let a request wait for what of it is on disk, or else lose so many tokens that are in the prefix cache."""
         chunks = self._on_disk(plan, segments) if self._settings.memory_bytes else []
         if chunks:
             keys = [chunk.key for chunk in chunks]
             self._fetch(keys)
-            plan.wait = DiskWait(set(keys), min(sum(chunk.spared for chunk in chunks) + lost, most))
+            spared = sum(chunk.spared for chunk in chunks) + lost
+            if plan.params.blend.mode == "auto":
+                spared = min(spared, self._gain(plan, segments, lost))
+            plan.wait = DiskWait(set(keys), spared)
 
     def _fetch(self, keys: Sequence[str]) -> None:
         """Have chunks brought from disk to the workers' memory."""

@@ -52,7 +52,7 @@ class DiskWait:
 
     Attributes:
         missing: Keys of chunks that are on their way to memory.
-        spared: Tokens that need not be computed if it waits.
+        spared: Tokens that could be prefilled in the time that waiting saves.
         began: ``time.monotonic()``.
     """
 

@@ -169,6 +169,33 @@ def test_a_next_turn_goes_on_however_little_it_spares(case: Case) -> None:
     assert alone.decision == "prefill"  # by itself it would not pay
 
 
+def test_another_question_goes_on_from_the_same_passages_however_little_it_spares(case: Case) -> None:
+    """A policy that does not look at the question blends them alike, so that plain prefill would compute them again."""
+    case.engine.generate(prompt("What of it?", 0, 1), max_tokens=1, blend={"policy": "hkvd"})
+    other = {"policy": "hkvd", "mode": "auto", "min_reused_tokens": len(prompt("", 0, 1)) - len(SYSTEM)}
+    blended = case.engine.generate(prompt("Who was there?", 0, 1), max_tokens=1, blend=other).stats
+    assert blended.prefix_tokens >= len(prompt("", 0, 1)) // BLOCK * BLOCK - BLOCK
+
+
+def test_prompts_that_are_not_blended_keep_their_hasher(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vllm calls it for each token: ours would be slower."""
+    half = connectors(case.engine)[0]._scheduler
+    plan_blends, kept = half._plan_blends, []
+
+    def note(plan: Any) -> None:
+        before = plan.request._block_hasher
+        plan_blends(plan)
+        kept.append(plan.request._block_hasher is before)
+
+    monkeypatch.setattr(half, "_plan_blends", note)
+    little = {"mode": "auto", "min_reused_tokens": 300}
+    plain = [
+        case.engine.generate(text, max_tokens=1, blend=little).stats.decision
+        for text in (prompt("What of it?", 0, 1), random_text(78, 400))
+    ]
+    assert (kept, plain) == ([True, True], ["prefill", "prefill"])
+
+
 def test_exact_blocks_that_vanish_before_scheduling_are_not_replaced_by_blended_ones(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -431,7 +432,7 @@ def test_what_is_read_later_than_prefilled_is_prefilled(
     chunks = len(keys_in(case, prompt))
     answer = case.engine.generate(prompt, blend=AUTO, **settings)  # the disk does not answer yet
     assert answer.stats.decision == "prefill"
-    slow = f"{chunks} known chunks are on disk, where reading takes longer than prefill"
+    slow = f"{chunks} known chunks are on disk, where reading takes longer than it saves"
     assert answer.stats.reason == slow
     assert costs.wait > 0
     forget_prefixes(case.engine)
@@ -450,6 +451,29 @@ def test_what_is_read_later_than_prefilled_is_prefilled(
     assert_alike([answer, again], [plain, plain])
     forget_prefixes(case.engine)
     assert case.engine.generate(another, blend=AUTO, max_tokens=1).stats.decision == "blend"
+
+
+def test_no_longer_is_waited_than_the_whole_blend_saves(
+    case: Case, slow_disk: tuple[threading.Event, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk is read in half the time that it is prefilled in. What a blend takes besides leaves little of that."""
+    go, _ = slow_disk
+    half, prompt = connectors(case.engine)[0]._scheduler, case.prompt(0)
+    asked = case.engine.generate(prompt, blend=AUTO | {"min_reused_tokens": 10**6}, max_tokens=1)
+    reused, cost = map(int, re.findall(r"\d+", asked.stats.reason)[:2])
+    forget_prefixes(case.engine)
+    costs = DiskCosts()
+    costs.prefill = 1.0
+    costs.note_read(tokens=2, seconds=1.0)
+    monkeypatch.setattr(half, "costs", costs)
+    monkeypatch.setattr(half, "_overhead", reused - cost - 10)
+    answer = case.engine.generate(prompt, blend=AUTO, max_tokens=1)  # the disk does not answer yet
+    assert answer.stats.decision == "prefill"
+    assert "on disk, where reading takes longer than it saves" in answer.stats.reason
+    forget_prefixes(case.engine)
+    go.set()
+    monkeypatch.setattr(half, "_overhead", 0)
+    assert case.engine.generate(prompt, blend=AUTO, max_tokens=1).stats.decision == "blend"
 
 
 def test_what_is_in_memory_is_blended_without_what_is_not(
@@ -476,7 +500,7 @@ def test_what_is_in_memory_is_blended_without_what_is_not(
     go.set()
     answer = ask()
     assert (answer.stats.decision, answer.stats.faults) == ("blend", 0)
-    assert answer.stats.reason.endswith("; 1 known chunks are on disk, where reading takes longer than prefill")
+    assert answer.stats.reason.endswith("; 1 known chunks are on disk, where reading takes longer than it saves")
     lost = ask(known[-1])
     assert (lost.stats.decision, lost.stats.faults) == ("blend", 1)
 
@@ -549,7 +573,7 @@ def test_waiting_longer_than_prefill_takes_does_not_pay(
     half.metrics.reset()
     answer = case.engine.generate(case.prompt(0), blend=AUTO, **settings)
     assert answer.stats.decision == "prefill"
-    assert "on disk, where reading takes longer than prefill" in answer.stats.reason
+    assert "on disk, where reading takes longer than it saves" in answer.stats.reason
     assert set(readers) == {"cacheblend-prefetch"}
     forget_prefixes(case.engine)
     plain = case.engine.generate(case.prompt(0), blend={"mode": "off"}, **settings)
