@@ -459,16 +459,26 @@ def test_no_longer_is_waited_than_the_whole_blend_saves(
     """Each chunk is read in half the time that it is prefilled in. What a blend takes besides leaves little of that."""
     go, _ = slow_disk
     half, prompt = connectors(case.engine)[0]._scheduler, case.prompt(0)
-    asked = case.engine.generate(prompt, blend=AUTO | {"min_reused_tokens": 10**6}, max_tokens=1)
-    reused, cost = map(int, re.findall(r"\d+", asked.stats.reason)[:2])
+    too_much = AUTO | {"min_reused_tokens": len(case.ids(prompt)) - 10}
+    reason = case.engine.generate(prompt, blend=too_much, max_tokens=1).stats.reason
+    found = re.match(r"blending would reuse (\d+) tokens and compute (\d+) more", reason)
+    assert found
+    reused, cost = map(int, found.groups())
     forget_prefixes(case.engine)
     costs = DiskCosts()
     costs.prefill = 1.0
     costs.note_read(tokens=2, seconds=1.0)
     monkeypatch.setattr(half, "costs", costs)
     monkeypatch.setattr(half, "_overhead", reused - cost - 10)
+    plan_blends, waits = half._plan_blends, []
+
+    def note(plan: Any) -> None:
+        plan_blends(plan)
+        waits.append(plan.wait)
+
+    monkeypatch.setattr(half, "_plan_blends", note)
     answer = case.engine.generate(prompt, blend=AUTO, max_tokens=1)  # the disk does not answer yet
-    assert answer.stats.decision == "prefill"
+    assert (answer.stats.decision, waits) == ("prefill", [None])
     assert "on disk, where reading takes longer than it saves" in answer.stats.reason
     forget_prefixes(case.engine)
     go.set()
