@@ -74,7 +74,7 @@ class Mode:
         mode: Its name.
         primer: What chunks are prefilled behind: ``"system"``, ``"passage"`` or ``"none"``; ``"neighbour"``: the
             system prefix and another passage (see ``quality_neighbours.py``); ``"calibrated"``: the system prefix, and
-            their KV is corrected (see ``quality_offsets.py``).
+            their KV is corrected (see ``quality_offsets.py``); the name of a file: its text.
         policy: Empty where there is nothing to choose.
         budget: Share of the matched tokens that are recomputed, or ``"auto"``.
     """
@@ -262,6 +262,8 @@ def load_engines(options: argparse.Namespace) -> dict[str, TransformersEngine]:
 
     texts = {"system": system_prefix(render_chat), "passage": None, "none": ""}
     texts |= {CALIBRATED: texts["system"], NEIGHBOUR: ""}
+    if options.primer_file:
+        texts[options.primer] = options.primer_file.read_text("utf-8")
     engines = {}
     for primer in dict.fromkeys(["system", options.primer]):
         store = open_store(None, memory_bytes=STORE_BYTES)
@@ -284,6 +286,8 @@ def run(options: argparse.Namespace) -> tuple[list[Record], list[Record]]:
     """Measure; returns the run, alone in a list, and the questions' records."""
     if options.calibrate_on:
         options.primer = CALIBRATED
+    elif options.primer_file:
+        options.primer = options.primer_file.name
     modes = compared_modes(options.policies, options.budgets, options.primer)
     engines = load_engines(options)
     offsets = calibrate(engines[CALIBRATED], options.calibrate_on) if options.calibrate_on else None
@@ -397,6 +401,7 @@ def main() -> int:
         "--budgets", type=_budgets, default="0.05,0.10,0.15,0.25,0.50,1", help="likewise, in (0, 1], or auto"
     )
     parser.add_argument("--primer", choices=PRIMERS, default="system", help="what chunks are read behind")
+    parser.add_argument("--primer-file", type=Path, help="a text that chunks are read behind, in place of --primer")
     parser.add_argument("--calibrate-on", type=Path, help="questions, not the measured ones: chunk KV is corrected")
     parser.add_argument("--best-last", action="store_true", help="the passages most like the question come last")
     parser.add_argument("--cold", type=_share, default=0.0, help="share of each question's passages that are not warm")

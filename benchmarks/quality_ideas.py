@@ -15,9 +15,13 @@ from cacheblend_rag.layout import PromptLayout, in_order
 from cacheblend_rag.passes import QuestionAttention, Selection
 from cacheblend_rag.policies import SelectionPolicy, policy_names, register_policy, top_positions
 from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
-from cacheblend_rag.policies.query_aware import QueryAware, find_question, watched_layers
+from cacheblend_rag.policies.query_aware import QueryAware, find_question, question_weights, watched_layers
 
 _TAIL = 8
+
+
+def _alike(count: int) -> torch.Tensor:
+    return torch.full((count,), 1 / count)
 
 
 class _Idea:
@@ -55,8 +59,9 @@ class ReadsCold(_Idea):
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
-        return "reads_cold", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
+        weights = question_weights(len(question))
+        given = yield QuestionAttention(layout.missed, weights, watched_layers(config, num_layers))
+        return "reads_cold", top_positions(layout.matched, given.cpu()[layout.matched], budget.ceiling)
 
 
 class TwoLooks(_Idea):
@@ -64,8 +69,8 @@ class TwoLooks(_Idea):
 
     Args:
         deviations: Multiply by the square root of the deviations, as ``hybrid`` does.
-        follow: At the second look, where the recomputed tokens look counts as much as where the question does: what
-            they are recomputed from should be right, too.
+        follow: At the second look, what the recomputed tokens read counts as much as what the question does: what they
+            are recomputed from should be right, too.
     """
 
     def __init__(self, *, deviations: bool = False, follow: bool = False) -> None:
@@ -77,33 +82,41 @@ class TwoLooks(_Idea):
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        weights = torch.ones(layout.length)
+        wrong = torch.ones(layout.length)
         if self._deviations:
             found = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
-            weights[layout.matched] = found.cpu().sqrt()
-        layers = watched_layers(config, num_layers)
-        attention = yield QuestionAttention(layout.missed, question, layers)
-        scores = (attention.cpu() * weights)[layout.matched]
+            wrong[layout.matched] = found.cpu().sqrt()
+        layers, weights = watched_layers(config, num_layers), question_weights(len(question))
+        given = yield QuestionAttention(layout.missed, weights, layers)
+        scores = (given.cpu() * wrong)[layout.matched]
         first = top_positions(layout.matched, scores, budget.ceiling // 2)
         rows = in_order(first, layout.missed)
-        attention = (yield QuestionAttention(rows, question, layers)).cpu()
+        given = (yield QuestionAttention(rows, weights, layers)).cpu()
         if self._follow:
-            attention = attention + (yield QuestionAttention(rows, rows, layers)).cpu()
-        scores = attention * weights
+            given = given + (yield QuestionAttention(rows, _alike(len(rows)), layers)).cpu()
+        scores = given * wrong
         scores[first] = float("inf")
         return "two_looks", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
 
 
-class Tail(_Idea):
-    """What the last tokens of the prompt look at: those from which the answer starts."""
+class Rows(_Idea):
+    """``query_aware`` whose question has all its rows count alike, or the last ones only.
+
+    Args:
+        last: How many; None: all.
+    """
+
+    def __init__(self, last: int | None) -> None:
+        self._last = last
 
     def select(self, layout: PromptLayout, budget: Budget, config: BlendConfig, num_layers: int) -> Selection:
         """See :class:`~cacheblend_rag.policies.base.SelectionPolicy`."""
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        attention = yield QuestionAttention(layout.missed, question[-_TAIL:], watched_layers(config, num_layers))
-        return "tail", top_positions(layout.matched, attention.cpu()[layout.matched], budget.ceiling)
+        weights = _alike(min(self._last or len(question), len(question)))
+        given = yield QuestionAttention(layout.missed, weights, watched_layers(config, num_layers))
+        return "rows", top_positions(layout.matched, given.cpu()[layout.matched], budget.ceiling)
 
 
 class LateDeviations(_Idea):
@@ -122,9 +135,10 @@ class LateDeviations(_Idea):
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         # The question first: deviations leave fresh KV behind.
-        attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
+        weights = question_weights(len(question))
+        given = yield QuestionAttention(layout.missed, weights, watched_layers(config, num_layers))
         found = yield from measure_deviations(layout, layout.matched, int(self._share * num_layers))
-        scores = attention.cpu()[layout.matched] * found.cpu().sqrt()
+        scores = given.cpu()[layout.matched] * found.cpu().sqrt()
         return "late_deviations", top_positions(layout.matched, scores, budget.ceiling)
 
 
@@ -132,7 +146,7 @@ class Sensitive(_Idea):
     """Tokens whose KV was seen at ingestion to depend on what stands before the chunk.
 
     Args:
-        attended: Multiply by the question's attention.
+        attended: Multiply by what the question reads.
 
     Attributes:
         known: By key of a chunk, float32 ``[tokens]``: how far the values of each moved when another passage stood
@@ -153,8 +167,9 @@ class Sensitive(_Idea):
             scores[segment.start : segment.end] = moved
         question = find_question(layout)
         if self.reads_question and question is not None:
-            attention = yield QuestionAttention(layout.missed, question, watched_layers(config, num_layers))
-            scores[: len(attention)] *= attention.cpu()
+            weights = question_weights(len(question))
+            given = yield QuestionAttention(layout.missed, weights, watched_layers(config, num_layers))
+            scores[: len(given)] *= given.cpu()
         return "sensitive", top_positions(layout.matched, scores[layout.matched], budget.ceiling)
 
 
@@ -170,7 +185,8 @@ POLICIES: dict[str, SelectionPolicy] = {
     "two_looks": TwoLooks(),
     "two_looks_hybrid": TwoLooks(deviations=True),
     "follow": TwoLooks(follow=True),
-    "tail": Tail(),
+    "rows_alike": Rows(None),
+    "tail": Rows(_TAIL),
     "hybrid_late": LateDeviations(0.25),
     "sensitive": Sensitive(attended=False, known=SENSITIVITY),
     "sensitive_attended": Sensitive(attended=True, known=SENSITIVITY),

@@ -55,7 +55,7 @@ class BlendForward(Protocol):
         """See :class:`~cacheblend_rag.passes.Deviations`."""
 
     def question_attention(
-        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+        self, rows: torch.Tensor, weights: torch.Tensor, layers: range, unread: torch.Tensor
     ) -> torch.Tensor:
         """See :class:`~cacheblend_rag.passes.QuestionAttention`."""
 
@@ -113,7 +113,7 @@ def run_pass(forward: BlendForward, wanted: Pass) -> torch.Tensor:
         case Deviations():
             return forward.deviations(wanted.rows, wanted.layer, wanted.keys)
         case QuestionAttention():
-            return forward.question_attention(wanted.rows, wanted.question, wanted.layers, wanted.unread)
+            return forward.question_attention(wanted.rows, wanted.weights, wanted.layers, wanted.unread)
         case Recompute():
             return forward.recompute(wanted.rows)
 

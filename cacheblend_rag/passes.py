@@ -39,21 +39,22 @@ class Deviations:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionAttention:
-    """Run rows through all layers and watch where the question looks.
+    """Run rows through all layers and watch what the question reads.
 
-    Sent back is float32 ``[prompt tokens]``: the attention probability that each token gets, mean over layers, heads
-    and question.
+    Sent back is float32 ``[prompt tokens]``: what each token gives to the question's attention, which is the
+    probability it gets times the L2 norm of the values it has there; mean over layers and heads, weighted sum over the
+    question's rows.
 
     Attributes:
         rows: What is run; the last of them are the question.
-        question: Rows whose attention is recorded.
+        weights: float32 ``[question]`` on the CPU: what each row of the question counts.
         layers: Layers that count, at least one.
         unread: Positions, int64 on the CPU, ascending, that no row sees: they have no KV yet. Whole spans of
             :data:`SPAN` positions. An engine whose blocks are larger runs them, too.
     """
 
     rows: torch.Tensor
-    question: torch.Tensor
+    weights: torch.Tensor
     layers: range
     unread: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheblend_rag.attention.rows import BLOCK_ROWS, RowAttention, attend_and_watch
+from cacheblend_rag.attention.rows import BLOCK_ROWS, RowAttention, attend_and_watch, watch
 
 
 def naive(
@@ -47,7 +47,10 @@ def test_rows_attend_by_position(seed: int, rows: int, gap: int, heads: tuple[in
     got = RowAttention(positions, torch.float32, window)(query, key, value, 0.3)
     assert float((got - expected).abs().max()) < 1e-5
     if window is None:
-        out, mass = attend_and_watch(query, key, value, positions, 0.3)
+        weights = torch.rand(rows)
+        out, given = attend_and_watch(query, key, value, positions, weights, 0.3)
         assert float((out - expected).abs().max()) < 1e-5
-        assert float((mass - probabilities.mean(dim=(0, 1))).abs().max()) < 1e-6
-        assert abs(float(mass.sum()) - 1) < 1e-5
+        norms = value[0].norm(dim=-1).repeat_interleave(heads[0] // heads[1], dim=0)
+        in_full = (probabilities * weights[:, None] * norms[:, None]).mean(dim=0).sum(dim=0)
+        assert float((given - in_full).abs().max()) < 1e-5 * float(in_full.max())
+        assert torch.equal(watch(query, key, value, positions, weights, 0.3), given)

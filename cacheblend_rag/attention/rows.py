@@ -94,46 +94,59 @@ class RowAttention:
 
 
 def attend_and_watch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few rows, and how much of it each token gets.
+    """Attention of a few rows, and what each token gives to it.
 
     Args:
         query: ``[1, heads, rows, head_dim]``.
         key: ``[1, kv_heads, tokens, head_dim]`` for positions 0 .. tokens - 1.
         value: Like ``key``.
         positions: int64 ``[rows]``, ascending: the rows' positions.
+        weights: float32 ``[rows]``: what a row counts.
         scale: Factor of the logits.
 
     Returns:
-        ``[1, heads, rows, head_dim]``, and float32 ``[tokens]``: attention probability, mean over heads and rows.
+        ``[1, heads, rows, head_dim]``, and float32 ``[tokens]``: attention probability times the L2 norm of the value
+        that it weighs, mean over heads, weighted sum over rows.
     """
     _, heads, rows, head_dim = query.shape
     kv_heads, tokens = key.shape[1:3]
     out = query.new_empty(kv_heads, heads // kv_heads * rows, head_dim)
-    mass = torch.zeros(tokens, dtype=torch.float32, device=key.device)
+    given = torch.zeros(tokens, dtype=torch.float32, device=key.device)
     for kv_head, probabilities in enumerate(_probabilities(query, key, positions, scale)):
-        mass += probabilities.sum(dim=0)
+        given += _given(probabilities, value[0, kv_head], weights)
         out[kv_head] = probabilities.to(value.dtype) @ value[0, kv_head]
-    return out.view(query.shape), mass / (heads * rows)
+    return out.view(query.shape), given / heads
 
 
-def watch(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
-    """Where a few rows look, for an engine that computes their attention itself.
+def watch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """What each token gives to the attention of a few rows, for an engine that computes that itself.
 
-    Args:
-        query: ``[1, heads, rows, head_dim]``.
-        key: ``[1, kv_heads, tokens, head_dim]`` for positions 0 .. tokens - 1.
-        positions: int64 ``[rows]``, ascending: the rows' positions.
-        scale: Factor of the logits.
-
-    Returns:
-        float32 ``[tokens]``: attention probability that each token gets, mean over heads and rows.
+    Takes what :func:`attend_and_watch` takes, and returns the second of what it does.
     """
-    mass = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
-    for probabilities in _probabilities(query, key, positions, scale):
-        mass += probabilities.sum(dim=0)
-    return mass / (query.shape[1] * query.shape[2])
+    given = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
+    for kv_head, probabilities in enumerate(_probabilities(query, key, positions, scale)):
+        given += _given(probabilities, value[0, kv_head], weights)
+    return given / query.shape[1]
+
+
+def _given(probabilities: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What tokens give to the rows of one KV head's group: float32 ``[tokens]``."""
+    shares = weights.repeat(len(probabilities) // len(weights)) @ probabilities
+    return shares.mul_(value.float().norm(dim=-1))
 
 
 def _probabilities(

@@ -82,14 +82,14 @@ class PromptForward:
         return forward_pass.deviations.cpu()
 
     def question_attention(
-        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+        self, rows: torch.Tensor, weights: torch.Tensor, layers: range, unread: torch.Tensor
     ) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`."""
-        forward_pass = _Pass(self._kv, rows, question_rows=len(question), question_layers=layers, unread=unread)
+        forward_pass = _Pass(self._kv, rows, question_weights=weights, question_layers=layers, unread=unread)
         with contextlib.suppress(_Stop):
             self._run(forward_pass)
         self._extend_exact(rows)
-        return (forward_pass.question_mass / len(layers)).cpu()
+        return (forward_pass.given / len(layers)).cpu()
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         """See :meth:`blending.BlendForward.recompute`."""
@@ -160,8 +160,8 @@ class _Pass(Cache):
         rows: int64 positions, ascending.
         deviation_layer: Stop at this layer once its deviations are known.
         deviation_keys: Whether keys count in them, too.
-        question_rows: The last so many rows are the question, whose attention is watched; nothing is computed that only
-            logits would need.
+        question_weights: float32: what the last so many rows count, which are the question, whose attention is watched;
+            nothing is computed that only logits would need.
         question_layers: The layers where it counts.
         unread: int64 positions, ascending, that no row sees.
     """
@@ -173,7 +173,7 @@ class _Pass(Cache):
         *,
         deviation_layer: int | None = None,
         deviation_keys: bool = False,
-        question_rows: int = 0,
+        question_weights: torch.Tensor | None = None,
         question_layers: range = range(0),
         unread: torch.Tensor | None = None,
     ) -> None:
@@ -193,8 +193,8 @@ class _Pass(Cache):
         self._deviation_layer = deviation_layer
         self._deviation_keys = deviation_keys
         self._question_layers = question_layers
-        self.question_mass = torch.zeros(end, dtype=torch.float32, device=kv.device)
-        self._question_rows = question_rows
+        self.given = torch.zeros(end, dtype=torch.float32, device=kv.device)
+        self._weights = torch.empty(0) if question_weights is None else question_weights.to(kv.device)
         self._attention: dict[int | None, RowAttention] = {}  # by sliding window
 
     def update(
@@ -217,17 +217,18 @@ class _Pass(Cache):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """Attention of the rows over what they see: ``[1, heads, rows, head_dim]``."""
-        context = len(self.rows) - self._question_rows
+        context = len(self.rows) - len(self._weights)
         parts = []
         if context:
             if window not in self._attention:
                 self._attention[window] = RowAttention(self._places[:context], query.dtype, window)
             parts.append(self._attention[window](query[:, :, :context], key, value, scale))
-        if self._question_rows:
-            asked, mass = attend_and_watch(query[:, :, context:], key, value, self._places[context:], scale)
+        if len(self._weights):
+            where = self._places[context:]
+            asked, given = attend_and_watch(query[:, :, context:], key, value, where, self._weights, scale)
             parts.append(asked)
             if layer in self._question_layers:
-                self.question_mass[self._seen] += mass
+                self.given[self._seen] += given
             if layer == len(self._kv) - 1:
                 raise _Stop
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

@@ -1,8 +1,8 @@
-"""Hybrid: recompute the tokens that the question looks at and whose cached values are wrong.
+"""Hybrid: recompute the tokens that the question reads and whose cached values are wrong.
 
-A token's score is the attention that the question pays to it, as in ``query_aware``, times the distance between its
+A token's score is what it gives to the question's attention, as in ``query_aware``, times the distance between its
 fresh and its cached values, the square root of what ``hkvd`` sorts by. That is about what its values add to the error
-of the question's attention: neither a wrong token that nobody looks at, nor a right one.
+of the question's attention: neither a wrong token that nobody reads, nor a right one.
 
 Source: this project, from ``query_aware`` and CacheBlend (arXiv 2405.16444), section 4.3.
 
@@ -19,7 +19,7 @@ from cacheblend_rag.layout import upload
 from cacheblend_rag.passes import Selection
 from cacheblend_rag.policies.base import top_positions
 from cacheblend_rag.policies.hkvd import HKVD, measure_deviations
-from cacheblend_rag.policies.query_aware import ATTENTION_LEFT, QueryAware, find_question, read_question, watched_layers
+from cacheblend_rag.policies.query_aware import READ_LEFT, QueryAware, find_question, read_question, watched_layers
 
 if TYPE_CHECKING:
     from cacheblend_rag.budget import Budget
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Hybrid:
-    """Highest product of attention and deviation first; ``hkvd`` where no question follows the passages."""
+    """Highest product of what is read and deviation first; ``hkvd`` where no question follows the passages."""
 
     reads_question = True
     adapts = True
@@ -47,10 +47,10 @@ class Hybrid:
             return (yield from HKVD().select(layout, budget, config, num_layers))
         # Deviations first: they leave fresh KV in the first layers, over which the question then reads the rest.
         deviations = yield from measure_deviations(layout, layout.matched, config.check_layers[-1])
-        attention = yield read_question(layout, question, watched_layers(config, num_layers))
-        matched = upload(layout.matched, attention.device)
+        given = yield read_question(layout, question, watched_layers(config, num_layers))
+        matched = upload(layout.matched, given.device)
         distances = deviations.sqrt()
-        scores = attention[matched] * distances
-        # With distances in units of their mean, scores are shares of the attention as in query_aware.
-        count = budget.spend(scores, ATTENTION_LEFT * distances.mean())
+        scores = given[matched] * distances
+        # With distances in units of their mean, scores are shares of what is read as in query_aware.
+        count = budget.spend(scores, READ_LEFT * given.sum() * distances.mean())
         return "hybrid", top_positions(matched, scores, count)

@@ -1,11 +1,15 @@
-"""Query-aware selection: recompute the tokens that the question looks at.
+"""Query-aware selection: recompute the tokens that the question reads.
 
-The question's rows run through all layers over the reused KV. Where their attention goes, in the last half of the
-layers or in those that ``BlendConfig.question_layers`` names, is where wrong KV would show in the answer. At equal
-budget this closes more of the gap to full prefill than the deviation of early values does, and it needs no pass over
-all tokens.
+The question's rows run through all layers over the reused KV. What they read, in the last half of the layers or in
+those that ``BlendConfig.question_layers`` names, is where wrong KV would show in the answer. At equal budget this
+closes more of the gap to full prefill than the deviation of early values does, and it needs no pass over all tokens.
 
-Source: this project.
+A token's score is what it gives to their attention: the probability it gets, times the norm of its values. Much of the
+attention goes to tokens whose values are next to nothing, and wrong or not add nothing. The last rows count most: the
+answer begins there.
+
+Source: this project. Norms of values beside attention are also what VATP keeps in a cache by (arXiv 2406.12335), and
+the last rows of a prompt what SnapKV watches (arXiv 2404.14469).
 
 Cost: one pass over the missed tokens (the template, the question), but for the most of cold chunks.
 """
@@ -27,20 +31,22 @@ if TYPE_CHECKING:
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.layout import PromptLayout
 
-ATTENTION_LEFT = 0.08
-"""With ``recompute_ratio="auto"``, the share of the question's attention that tokens may get that are not recomputed.
+READ_LEFT = 0.08
+"""With ``recompute_ratio="auto"``, the share of what the question reads that tokens may give that are not recomputed.
 
-It bounds what their stale KV can change: an attention's output is a mean of values, weighted by it.
+It bounds what their stale KV can change: an attention's output is a sum of what tokens give.
 """
 
 # A tail this short is the end of a template, not a question: it stands before the passages then.
 MIN_QUESTION_TOKENS = 8
 # A longer tail holds cold chunks too: the question is its end.
 MAX_QUESTION_TOKENS = 128
+# Rows before the first token of the answer.
+_LAST_TOKENS = 8
 
 
 class QueryAware:
-    """Most attended by the question first; ``hkvd`` where no question follows the passages."""
+    """What the question reads most of first; ``hkvd`` where no question follows the passages."""
 
     reads_question = True
     adapts = True
@@ -60,10 +66,10 @@ class QueryAware:
         question = find_question(layout)
         if question is None:
             return (yield from HKVD().select(layout, budget, config, num_layers))
-        attention = yield read_question(layout, question, watched_layers(config, num_layers))
-        matched = upload(layout.matched, attention.device)
-        scores = attention[matched]
-        return "query_aware", top_positions(matched, scores, budget.spend(scores, ATTENTION_LEFT))
+        given = yield read_question(layout, question, watched_layers(config, num_layers))
+        matched = upload(layout.matched, given.device)
+        scores = given[matched]
+        return "query_aware", top_positions(matched, scores, budget.spend(scores, READ_LEFT * given.sum()))
 
 
 def find_question(layout: PromptLayout) -> torch.Tensor | None:
@@ -88,7 +94,15 @@ def read_question(layout: PromptLayout, question: torch.Tensor, layers: range) -
     spans[0] = False
     unread = np.flatnonzero(spans)
     missed = layout.missed.numpy()
-    return QuestionAttention(torch.from_numpy(missed[~is_cold[missed]]), question, layers, torch.from_numpy(unread))
+    rows = torch.from_numpy(missed[~is_cold[missed]])
+    return QuestionAttention(rows, question_weights(len(question)), layers, torch.from_numpy(unread))
+
+
+def question_weights(count: int) -> torch.Tensor:
+    """What each row of a question counts (float32): half for all of them alike, half for the last few."""
+    weights = torch.full((count,), 0.5 / count)
+    weights[-_LAST_TOKENS:] += 0.5 / min(count, _LAST_TOKENS)
+    return weights
 
 
 def watched_layers(config: BlendConfig, num_layers: int) -> range:

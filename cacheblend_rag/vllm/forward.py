@@ -174,21 +174,21 @@ class PagedForward:
         return deviation
 
     def question_attention(
-        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+        self, rows: torch.Tensor, weights: torch.Tensor, layers: range, unread: torch.Tensor
     ) -> torch.Tensor:
         """See :meth:`blending.BlendForward.question_attention`. The mean is over all ranks' heads."""
-        asked = self.leaving_out(rows, question, unread)
-        attention = asked.forward._question_attention(asked.rows, asked.question, layers)
+        asked = self.leaving_out(rows, unread)
+        given = asked.forward._question_attention(asked.rows, weights, layers)
         self.extend_exact(rows)
-        return asked.spread(attention)
+        return asked.spread(given)
 
-    def leaving_out(self, rows: torch.Tensor, question: torch.Tensor, unread: torch.Tensor) -> AskedPrompt:
+    def leaving_out(self, rows: torch.Tensor, unread: torch.Tensor) -> AskedPrompt:
         """The prompt as rows see it that don't see some spans of it. What that takes is to leave out their blocks."""
         block_size = self._model.kv.block_size
         if SPAN % block_size:  # larger blocks: more of it is read than has to be
             rows, unread = in_order(rows, unread), unread[:0]
         if not len(unread):
-            return AskedPrompt(self, rows, question, None, len(self._token_ids))
+            return AskedPrompt(self, rows, None, len(self._token_ids))
         is_seen = np.ones(len(self._token_ids), bool)
         is_seen[unread.cpu().numpy()] = False
         seen = np.flatnonzero(is_seen)
@@ -196,42 +196,47 @@ class PagedForward:
         part = copy.copy(self)
         part._token_ids, part._positions = self._token_ids[where], self._positions[where]
         part.block_ids = self.block_ids[where[::block_size] // block_size]
-        rows, question = (torch.from_numpy(np.searchsorted(seen, some.cpu().numpy())) for some in (rows, question))
-        return AskedPrompt(part, rows, question, where, len(self._token_ids))
+        rows = torch.from_numpy(np.searchsorted(seen, rows.cpu().numpy()))
+        return AskedPrompt(part, rows, where, len(self._token_ids))
 
-    def _question_attention(self, rows: torch.Tensor, question: torch.Tensor, layers: range) -> torch.Tensor:
+    def _question_attention(self, rows: torch.Tensor, weights: torch.Tensor, layers: range) -> torch.Tensor:
         model, kv = self._model, self._model.kv
-        mass = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
+        total = torch.zeros(len(self._token_ids), dtype=torch.float32, device=kv.device)
+        weights = upload(weights, kv.device)
         numbers = {id(model.layers[layer]): layer for layer in layers}
+        first = len(weights) - len(rows)  # in weights: of the part's rows; none count before 0
         for part, where in self._slices(rows):
-            count = int((part >= int(question[0])).sum())
-            if not count:
+            counted = weights[max(first, 0) : max(first + len(part), 0)]
+            first += len(part)
+            if not len(counted):
                 with self._in_place(self.num_layers):
                     self._run(part, where)
                 continue
             end = int(part[-1]) + 1
-            asked = where[-count:]
+            asked = where[-len(counted) :]
             blocks = self.block_ids[: -(-end // kv.block_size)]
 
             def look(
                 module: Any,
                 args: tuple[torch.Tensor, ...],
                 asked: torch.Tensor = asked,
+                counted: torch.Tensor = counted,
                 end: int = end,
                 blocks: torch.Tensor = blocks,
             ) -> None:
                 query = args[0].view(-1, module.num_heads, kv.head_dim)[-len(asked) :].transpose(0, 1)
                 layer = numbers[id(module)]
-                keys = kv.read_keys(layer, blocks)[:end].transpose(0, 1)
-                mass[:end] += watch(query[None], keys[None], asked, module.impl.scale) * (len(asked) / len(question))
+                keys, values = kv.read_keys(layer, blocks)[:end], kv.read_values(layer, blocks)[:end]
+                seen = (keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
+                total[:end] += watch(query[None], *seen, asked, counted, module.impl.scale)
                 if layer == self.num_layers - 1:
                     raise _Stop
 
             watched = [model.layers[n] for n in layers]
             with self._in_place(self.num_layers), _hooked(watched, after=look), contextlib.suppress(_Stop):
                 self._run(part, where)
-        total: torch.Tensor = model.tp.all_reduce(mass)
-        return total.div_(model.tp.world_size * len(layers))
+        given: torch.Tensor = model.tp.all_reduce(total)
+        return given.div_(model.tp.world_size * len(layers))
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         """See :meth:`blending.BlendForward.recompute`. The prompt's last token is left to vLLM's own step."""
@@ -287,22 +292,20 @@ class AskedPrompt:
     Attributes:
         forward: The prompt, or a shorter one of those of its tokens that are seen, which stand where they stood.
         rows: What is run: places in it.
-        question: The last of them.
         seen: int64, on the device: the positions of its tokens; None: all.
         length: Tokens of the whole prompt.
     """
 
     forward: PagedForward
     rows: torch.Tensor
-    question: torch.Tensor
     seen: torch.Tensor | None
     length: int
 
-    def spread(self, attention: torch.Tensor) -> torch.Tensor:
-        """What is known of each seen token, as what is known of each token: nothing of others."""
+    def spread(self, given: torch.Tensor) -> torch.Tensor:
+        """What each seen token gives, as what each token gives: others nothing."""
         if self.seen is None:
-            return attention
-        return attention.new_zeros(self.length).index_copy_(0, self.seen, attention)
+            return given
+        return given.new_zeros(self.length).index_copy_(0, self.seen, given)
 
 
 def run_rows(

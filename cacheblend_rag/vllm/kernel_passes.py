@@ -87,7 +87,7 @@ class KernelPasses:
         self._block_table = torch.zeros(prompts, -(-tokens // kv.block_size), dtype=torch.int32, device=device)
         # Of each row in each layer: which layers count is data, so that one graph serves any.
         self._weights = torch.zeros(len(model.layers), self.most_watched, dtype=torch.float32, device=device)
-        self._mass = torch.zeros(prompts, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
+        self._given = torch.zeros(prompts, kv.num_kv_heads, tokens, dtype=torch.float32, device=device)
         self._sizes = _sizes(min(_MOST_CAPTURED, self.most_rows), self.tile) if graphs else []
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         if graphs:
@@ -106,30 +106,31 @@ class KernelPasses:
 
     def takes_question(self, rows: torch.Tensor) -> bool:
         """Whether :meth:`question_attention` is for these rows."""
-        return 0 < len(rows) <= self.most_watched
+        return 0 < len(rows) <= min(self.most_watched, self._model.max_rows)  # in one pass
 
     def recompute(self, prompts: Sequence[PromptRows]) -> None:
         """Run rows through all layers, for the KV they leave."""
         self._run(prompts, watching=False)
 
     def question_attention(
-        self, prompts: Sequence[PromptRows], question_starts: Sequence[int], layers: Sequence[range]
+        self, prompts: Sequence[PromptRows], weights: Sequence[torch.Tensor], layers: Sequence[range]
     ) -> list[torch.Tensor]:
-        """Run rows through all layers; returns the attention that those of the questions pay to each token.
+        """Run rows through all layers; returns what each token gives to the questions' attention.
 
-        For each prompt float32 ``[prompt tokens]``: summed over its rows from the start of its question on, mean over
-        its layers that count and this rank's heads.
+        For each prompt what :class:`cacheblend_rag.passes.QuestionAttention` says of its weights and layers, but of
+        this rank's heads.
         """
-        self._mass[: len(prompts)].zero_()
+        self._given[: len(prompts)].zero_()
         self._weights.zero_()
         first = 0
-        for prompt, start, counting in zip(prompts, question_starts, layers, strict=True):
-            count = len(prompt.rows)
-            self._weights[counting.start : counting.stop, first : first + count].copy_(prompt.rows >= start)
-            first += _round_up(count, self.tile)
+        for prompt, of_question, counting in zip(prompts, weights, layers, strict=True):
+            end = first + len(prompt.rows)
+            counted = upload(of_question, self._weights.device)
+            self._weights[counting.start : counting.stop, end - len(counted) : end].copy_(counted)
+            first = _round_up(end, self.tile)
         self._run(prompts, watching=True)
         return [
-            self._mass[n, :, : len(prompt.token_ids)].sum(dim=0).div_(self._heads * len(counting))
+            self._given[n, :, : len(prompt.token_ids)].sum(dim=0).div_(self._heads * len(counting))
             for n, (prompt, counting) in enumerate(zip(prompts, layers, strict=True))
         ]
 
@@ -255,7 +256,10 @@ class KernelPasses:
             query, keys, values, rows, scale, splits=splits, lse=lse, key_scale=key_scale, value_scale=value_scale
         )
         if lse is not None:
-            watch_rows(query, keys, rows, lse, self._weights[number, :count], scale, self._mass, key_scale=key_scale)
+            watch_rows(
+                query, keys, values, rows, lse, self._weights[number, :count], scale, self._given,
+                key_scale=key_scale, value_scale=value_scale,
+            )  # fmt: skip
         if number == stop:
             raise _Stop
         return out.view(count, -1)
@@ -280,7 +284,7 @@ class KernelPasses:
                     with torch.cuda.graph(graph, pool=pool, stream=context.stream):
                         self._forward(size, stop=last, watching=watching)
                     self._graphs[size, watching] = graph
-        self._mass.zero_()
+        self._given.zero_()
 
 
 def make_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None:

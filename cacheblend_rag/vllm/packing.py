@@ -69,7 +69,7 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
     for number, (forward, one) in enumerate(zip(forwards, wanted, strict=True)):
         match one:
             case QuestionAttention() if passes is not None and passes.takes_question(
-                (seen := forward.leaving_out(one.rows, one.question, one.unread)).rows
+                (seen := forward.leaving_out(one.rows, one.unread)).rows
             ):
                 asked[number] = seen
                 questions += [(number, rows) for rows in seen.forward.slices(seen.rows)]
@@ -94,15 +94,13 @@ def _run(model: PagedModel, forwards: Sequence[PagedForward], wanted: Sequence[P
         packed = questions[pack]
         asking = [one for one in (wanted[number] for number, _ in packed) if isinstance(one, QuestionAttention)]
         try:
-            attention = passes.question_attention(
-                [rows for _, rows in packed],
-                [int(asked[number].question[0]) for number, _ in packed],
-                [one.layers for one in asking],
+            given = passes.question_attention(
+                [rows for _, rows in packed], [one.weights for one in asking], [one.layers for one in asking]
             )
-            for (number, _), one, mass in zip(packed, asking, attention, strict=True):
+            for (number, _), one, of_rank in zip(packed, asking, given, strict=True):
                 forwards[number].extend_exact(one.rows)
                 # The mean over all ranks' heads: all have to choose the same tokens.
-                mean = model.tp.all_reduce(mass).div_(model.tp.world_size * len(one.question))
+                mean = model.tp.all_reduce(of_rank).div_(model.tp.world_size)
                 found[number] = asked[number].spread(mean)
         except Exception as error:
             found.update((number, error) for number, _ in packed)

@@ -33,12 +33,12 @@ class Pages:
         return int(self.rows.tile_sequence[row // self.tile])
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The result, float32, and each row's attention to each key of its sequence, summed over a KV head's group."""
+        """The result, float32, and what each key of its sequence gives to each row, summed over a KV head's group."""
         rows, heads, head_dim = self.query.shape
         page, kv_heads = self.keys.shape[1:3]
         out = torch.empty(rows, heads, head_dim)
         capacity = self.rows.block_table.shape[1] * page
-        attention = torch.zeros(rows, kv_heads, capacity)
+        given = torch.zeros(rows, kv_heads, capacity)
         query, table = self.query.float().cpu(), self.rows.block_table.cpu().long()
         keys, values = self.keys.float().cpu(), self.values.float().cpu()
         for row in range(rows):
@@ -49,8 +49,9 @@ class Pages:
             one = RowAttention(torch.tensor([position]), torch.float32)
             out[row] = one(query[row][None, :, None], key, value, SCALE)[0, :, 0]
             grouped = query[row].view(kv_heads, -1, head_dim)
-            attention[row, :, : position + 1] = (grouped @ key[0].transpose(1, 2) * SCALE).softmax(-1).sum(1)
-        return out, attention
+            attention = (grouped @ key[0].transpose(1, 2) * SCALE).softmax(-1).sum(1)
+            given[row, :, : position + 1] = attention * value[0].norm(dim=-1)
+        return out, given
 
 
 def make_pages(
@@ -140,13 +141,15 @@ def watch_and_check(pages: Pages, splits: int, tolerance: float) -> None:
     weights[::3] = 0
     sequences, blocks = pages.rows.block_table.shape
     capacity, kv_heads = blocks * pages.keys.shape[1], pages.keys.shape[2]
-    mass = torch.ones(sequences, kv_heads, capacity, device=pages.query.device)
-    watch_rows(pages.query, pages.keys, pages.rows, lse, weights.to(mass.device), SCALE, mass)
-    _, attention = pages.reference()
+    given = torch.ones(sequences, kv_heads, capacity, device=pages.query.device)
+    watch_rows(
+        pages.query, pages.keys, pages.values, pages.rows, lse, weights.to(given.device), SCALE, given, value_scale=0.5
+    )
+    _, each = pages.reference()
     expected = torch.ones(sequences, kv_heads, capacity)
     for row in range(rows):
-        expected[pages.sequence_of(row)] += weights[row] * attention[row]
-    assert float((mass.cpu() - expected).abs().max()) < tolerance
+        expected[pages.sequence_of(row)] += 0.5 * weights[row] * each[row]
+    assert float(((given.cpu() - expected).abs() / expected).max()) < tolerance
 
 
 def stand_in(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

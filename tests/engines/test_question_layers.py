@@ -52,9 +52,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     watch = PromptForward.question_attention
 
-    def record(self: PromptForward, rows: Any, question: Any, layers: range, unread: Any) -> Any:
+    def record(self: PromptForward, rows: Any, weights: Any, layers: range, unread: Any) -> Any:
         found.append((layers.start, layers.stop))
-        return watch(self, rows, question, layers, unread)
+        return watch(self, rows, weights, layers, unread)
 
     monkeypatch.setattr(PromptForward, "question_attention", record)
     return found

@@ -19,7 +19,7 @@ class FakeForward:
     Args:
         layout: The prompt.
         deviations: float32 ``[prompt tokens]``: what is measured, at every layer.
-        attention: float32 ``[prompt tokens]``: where the question looks.
+        given: float32 ``[prompt tokens]``: what the question reads.
         unit: Rows of a pass are rounded down to a multiple of this, as on a GPU.
 
     Attributes:
@@ -33,14 +33,14 @@ class FakeForward:
         layout: PromptLayout,
         *,
         deviations: torch.Tensor | None = None,
-        attention: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
         unit: int = 1,
     ) -> None:
         generator = torch.Generator().manual_seed(layout.length)
         self.exact_tokens = layout.prefix
         self.passes: list[Pass] = []
         self._deviations = torch.rand(layout.length, generator=generator) if deviations is None else deviations
-        self._attention = torch.rand(layout.length, generator=generator) if attention is None else attention
+        self._given = torch.rand(layout.length, generator=generator) if given is None else given
         self._unit = unit
 
     def now(self) -> float:
@@ -54,10 +54,10 @@ class FakeForward:
         return self._deviations[rows]
 
     def question_attention(
-        self, rows: torch.Tensor, question: torch.Tensor, layers: range, unread: torch.Tensor
+        self, rows: torch.Tensor, weights: torch.Tensor, layers: range, unread: torch.Tensor
     ) -> torch.Tensor:
-        self.passes.append(QuestionAttention(rows, question, layers, unread))
-        return self._attention
+        self.passes.append(QuestionAttention(rows, weights, layers, unread))
+        return self._given
 
     def recompute(self, rows: torch.Tensor) -> torch.Tensor:
         self.passes.append(Recompute(rows))

@@ -15,7 +15,7 @@ from cacheblend_rag.blending import blend
 from cacheblend_rag.budget import Budget
 from cacheblend_rag.layout import PromptLayout, in_order
 from cacheblend_rag.passes import SPAN, Deviations, Pass, QuestionAttention, Recompute, Selection
-from cacheblend_rag.policies.query_aware import find_question, read_question
+from cacheblend_rag.policies.query_aware import find_question, question_weights, read_question
 
 from .conftest import FakeForward, Shape, make_layout, shapes
 
@@ -89,19 +89,22 @@ def test_several_check_layers_leave_fewer_and_fewer(policy: str) -> None:
 
 
 def test_query_aware_takes_what_is_looked_at_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cacheblend_rag.policies.query_aware.ATTENTION_LEFT", 0.06)
+    monkeypatch.setattr("cacheblend_rag.policies.query_aware.READ_LEFT", 0.06)
     layout = make_layout([(3, 50), (2, 50)])
-    attention = torch.full((layout.length,), 1e-5)
-    attention[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.3])
+    reads = torch.full((layout.length,), 1e-5)
+    reads[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.3])
     auto = {"recompute_ratio": "auto", "ratio_range": (0.01, 0.5)}
-    assert choose(FakeForward(layout, attention=attention), layout, **auto) == [4, 22, 40]
-    attention[22] = 0.03
-    assert choose(FakeForward(layout, attention=attention), layout, **auto) == [4, 40]
-    assert choose(FakeForward(layout, attention=attention / 1000), layout, **auto) == [40]  # the floor
-    forward = FakeForward(layout, attention=attention)
+    assert choose(FakeForward(layout, given=reads), layout, **auto) == [4, 22, 40]
+    reads[22] = 0.02
+    for unit in (1.0, 100.0):  # norms have no scale
+        assert choose(FakeForward(layout, given=reads * unit), layout, **auto) == [4, 40]
+    reads[0] = 9.0  # the question reads next to nothing of the chunks
+    assert choose(FakeForward(layout, given=reads), layout, **auto) == [40]  # the floor
+    reads[0] = 0.0
+    forward = FakeForward(layout, given=reads)
     assert choose(forward, layout, **auto, forced_tokens=2) == [3, 4, 40, 55, 56]
-    attention[:] = 0.01
-    assert len(choose(FakeForward(layout, attention=attention), layout, **auto)) == 50  # the ceiling
+    reads[:] = 0.01
+    assert len(choose(FakeForward(layout, given=reads), layout, **auto)) == 50  # the ceiling
 
 
 def test_hkvd_takes_what_holds_most_of_the_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,32 +121,42 @@ def test_hkvd_takes_what_holds_most_of_the_deviation(monkeypatch: pytest.MonkeyP
         deviations[60] = 25
 
 
-def test_hybrid_weighs_the_attention_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cacheblend_rag.policies.hybrid.ATTENTION_LEFT", 0.06)
+def test_hybrid_weighs_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.policies.hybrid.READ_LEFT", 0.06)
     layout = make_layout([(3, 50), (2, 50)])
-    attention, deviations = torch.full((layout.length,), 1e-5), torch.ones(layout.length)
-    attention[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.05])
+    reads, deviations = torch.full((layout.length,), 1e-5), torch.ones(layout.length)
+    reads[[4, 22, 40]] = torch.tensor([0.1, 0.2, 0.015])
     auto = {"policy": "hybrid", "recompute_ratio": "auto", "ratio_range": (0.01, 0.5)}
     for unit in (1.0, 100.0):  # distances have no scale
-        forward = FakeForward(layout, attention=attention, deviations=deviations * unit)
+        forward = FakeForward(layout, given=reads, deviations=deviations * unit)
         assert choose(forward, layout, **auto) == [4, 22]
     deviations[40] = 4.0  # twice as wrong as others
-    assert choose(FakeForward(layout, attention=attention, deviations=deviations), layout, **auto) == [4, 22, 40]
+    assert choose(FakeForward(layout, given=reads, deviations=deviations), layout, **auto) == [4, 22, 40]
     deviations[:] = 0.0
-    assert len(choose(FakeForward(layout, attention=attention, deviations=deviations), layout, **auto)) == 1
+    assert len(choose(FakeForward(layout, given=reads, deviations=deviations), layout, **auto)) == 1
 
 
 def test_query_aware_takes_what_the_question_looks_at() -> None:
     layout = make_layout([(3, 20), (2, 20)])
-    attention = torch.zeros(layout.length)
-    attention[[4, 22, 40, 0, 50]] = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.9])
-    forward = FakeForward(layout, attention=attention)
+    reads = torch.zeros(layout.length)
+    reads[[4, 22, 40, 0, 50]] = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.9])
+    forward = FakeForward(layout, given=reads)
     assert choose(forward, layout, policy="query_aware", recompute_ratio=0.08) == [4, 22, 40]
     watched, _ = forward.passes
     assert isinstance(watched, QuestionAttention)
     assert watched.rows.tolist() == layout.missed.tolist()
-    assert watched.question.tolist() == list(range(layout.question_start, layout.length))
+    assert torch.equal(watched.weights, question_weights(12))
     assert watched.layers == range(3, 6)
+
+
+@given(st.integers(1, 128))
+def test_the_last_rows_of_a_question_count_as_much_as_all(count: int) -> None:
+    weights = question_weights(count)
+    assert len(weights) == count
+    assert float(weights.sum()) == pytest.approx(1)
+    assert weights.unique(return_counts=True)[1].tolist() == ([count - 8, 8] if count > 8 else [count])
+    if count > 8:
+        assert float(weights[-8:].sum()) == pytest.approx(0.5 + 4 / count)
 
 
 @pytest.mark.parametrize("policy", ["query_aware", "hybrid"])
@@ -157,15 +170,15 @@ def test_the_question_is_watched_where_the_settings_say(policy: str) -> None:
 
 def test_hybrid_takes_what_is_both_looked_at_and_wrong() -> None:
     layout = make_layout([(3, 20), (2, 20)])
-    attention, deviations = torch.full((2, layout.length), 1e-3)
-    attention[[5, 30, 40]] = torch.tensor([0.9, 0.4, 0.0])
+    reads, deviations = torch.full((2, layout.length), 1e-3)
+    reads[[5, 30, 40]] = torch.tensor([0.9, 0.4, 0.0])
     deviations[[5, 30, 40]] = torch.tensor([0.0, 4.0, 100.0])  # squares
-    deviations[31], attention[31] = 9.0, 0.2  # 0.6 against 0.8
-    forward = FakeForward(layout, attention=attention, deviations=deviations)
+    deviations[31], reads[31] = 9.0, 0.2  # 0.6 against 0.8
+    forward = FakeForward(layout, given=reads, deviations=deviations)
     assert choose(forward, layout, policy="hybrid", recompute_ratio=0.025, check_layers=(1, 2)) == [30]
     assert kinds(forward) == [Deviations, QuestionAttention, Recompute]
     assert forward.passes[0].layer == 2  # type: ignore[union-attr]
-    forward = FakeForward(layout, attention=attention, deviations=deviations)
+    forward = FakeForward(layout, given=reads, deviations=deviations)
     assert choose(forward, layout, policy="hybrid", recompute_ratio=0.05) == [30, 31]
 
 
@@ -173,8 +186,8 @@ def test_hybrid_takes_what_is_both_looked_at_and_wrong() -> None:
 def test_only_auto_reads_back_what_was_measured(policy: str) -> None:
     """Tensors of the device "meta" have no values: who wants one, for which a GPU would stall, gets an exception."""
     layout = make_layout([(3, 40), (0, 40)])
-    deviations, attention = torch.ones(2, layout.length, device="meta")
-    forward = FakeForward(layout, deviations=deviations, attention=attention, unit=16)
+    deviations, reads = torch.ones(2, layout.length, device="meta")
+    forward = FakeForward(layout, deviations=deviations, given=reads, unit=16)
     settings = {"policy": policy, "forced_tokens": 2, "check_layers": (0, 2)}
     assert blend(forward, layout, BlendConfig(**settings, recompute_ratio=0.2)).recomputed.is_meta
     with pytest.raises(RuntimeError, match="meta tensors"):

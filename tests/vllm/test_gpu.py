@@ -226,9 +226,9 @@ def test_kernels_leave_out_cold_chunks(
     asked: list[int] = []
     leaving_out = PagedForward.leaving_out
 
-    def record(self: PagedForward, rows: torch.Tensor, question: torch.Tensor, unread: torch.Tensor) -> AskedPrompt:
+    def record(self: PagedForward, rows: torch.Tensor, unread: torch.Tensor) -> AskedPrompt:
         asked.append(len(unread))
-        return leaving_out(self, rows, question, unread)
+        return leaving_out(self, rows, unread)
 
     monkeypatch.setattr(PagedForward, "leaving_out", record)
     ids = case.ids(with_cold_text(case, 6))

@@ -64,16 +64,15 @@ class StandIn:
             run_rows(self._model, prompt.token_ids[prompt.rows], prompt.rows, positions, prompt.block_ids)
 
     def question_attention(
-        self, prompts: Sequence[PromptRows], starts: Sequence[int], layers: Sequence[range]
+        self, prompts: Sequence[PromptRows], weights: Sequence[torch.Tensor], layers: Sequence[range]
     ) -> list[torch.Tensor]:
         self.asked.append(len(prompts))
         self.seen += [len(prompt.token_ids) for prompt in prompts]
         found = []
-        for prompt, start, counting in zip(prompts, starts, layers, strict=True):
+        for prompt, counted, counting in zip(prompts, weights, layers, strict=True):
             forward = PagedForward(self._model, prompt.token_ids, prompt.block_ids.tolist(), 0)
             forward._positions = prompt.positions
-            question = prompt.rows[prompt.rows >= start]
-            found.append(forward._question_attention(prompt.rows, question, counting) * len(question))
+            found.append(forward._question_attention(prompt.rows, counted, counting))
         return found
 
 
