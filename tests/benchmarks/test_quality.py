@@ -177,6 +177,22 @@ def test_a_run_and_its_merge(
     assert "query_aware, none primer" in paths["plot.svg"].read_text()
 
 
+def test_chunks_are_read_behind_a_text_of_ones_own(
+    small_smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, text = tmp_path / "a.json", tmp_path / "behind.txt"
+    closed = []
+    for words in ("A text. ", "Quite another text, and longer. "):
+        text.write_text(words * 20)
+        arguments = ["--data", data, "--questions", 1, "--policies", "query_aware", "--budgets", "0.5", "--json", path]
+        run(
+            monkeypatch, "--model", small_smollm2, "--dtype", "float32", "--device", "cpu", *arguments,
+            "--primer-file", text, "--max-tokens", 2,
+        )  # fmt: skip
+        closed.append(rows_of(path)["query_aware 50%, behind.txt primer"]["closure"]["value"])
+    assert closed[0] != closed[1]
+
+
 def test_cold_passages(small_smollm2: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for cold in ("0", "0.5"):
