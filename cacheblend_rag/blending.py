@@ -22,6 +22,7 @@ from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout, in_order, upload
 from cacheblend_rag.passes import Deviations, Pass, QuestionAttention, Recompute, Selection
 from cacheblend_rag.policies import get_policy, is_built_in, top_positions
+from cacheblend_rag.recording import Recorder
 
 
 class Moment(Protocol):
@@ -95,9 +96,13 @@ class BlendResult:
         return self.finished - self.selected
 
 
-def blend(forward: BlendForward, layout: PromptLayout, config: BlendConfig) -> BlendResult:
-    """Blend one prompt; see :func:`blend_passes`."""
+def blend(
+    forward: BlendForward, layout: PromptLayout, config: BlendConfig, recorder: Recorder | None = None
+) -> BlendResult:
+    """Blend one prompt; see :func:`blend_passes`. What it finds is recorded, if somebody does."""
     passes = blend_passes(forward, layout, config)
+    if recorder is not None:
+        passes = recorder.listen(passes)
     try:
         wanted = next(passes)
         while True:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cacheblend_rag.matching import Segment
+
+if TYPE_CHECKING:
+    from cacheblend_rag.trace import BlendTrace
 
 Decision = Literal["blend", "prefix", "prefill"]
 FinishReason = Literal["stop", "length"]
@@ -70,6 +73,7 @@ class Generation:
             most likely tokens and the one chosen, among those that ``structured_outputs`` leave. None otherwise.
         stats: How the prompt was read.
         segments: The matched runs, in prompt order.
+        trace: With ``trace=True``, what the blend measured and chose; None otherwise, and where nothing was blended.
     """
 
     text: str
@@ -78,6 +82,7 @@ class Generation:
     logprobs: list[dict[int, float]] | None
     stats: BlendStats
     segments: tuple[Segment, ...] = ()
+    trace: BlendTrace | None = None
 
 
 class StreamPiece(str):

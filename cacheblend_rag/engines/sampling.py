@@ -1,4 +1,4 @@
-"""How tokens are chosen."""
+"""How tokens are chosen, and what is told of it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class SamplingParams:
             server's client was given.
         max_retries: How often a request that a server did not take is sent again; None: what its client was given,
             or never if there is a ``timeout``.
+        trace: Return what the blend measured and chose, see :class:`~cacheblend_rag.trace.BlendTrace`. It changes no
+            answer; on a GPU, the host waits for it.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -63,6 +65,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     timeout: float | None = None
     max_retries: int | None = None
+    trace: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -87,7 +90,7 @@ class SamplingParams:
             raise ConfigError(f"logprobs must be a whole number from 0, not {self.logprobs!r}")
         if self.structured_outputs is not None:
             structural_tag(self.structured_outputs)
-        for name in ("skip_special_tokens", "ignore_eos"):
+        for name in ("skip_special_tokens", "ignore_eos", "trace"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {value!r}")
         self._check_penalties()

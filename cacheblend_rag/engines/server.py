@@ -238,7 +238,9 @@ class ServerEngine(ConnectedEngine):
                 "skip_special_tokens": params.skip_special_tokens,
                 # No second BOS before that of a rendered chat template.
                 "add_special_tokens": not (self._bos and isinstance(prompt, str) and prompt.startswith(self._bos)),
-                "kv_transfer_params": wire.blend_params(config, f"{self._name}-{next(self._numbers)}"),
+                "kv_transfer_params": wire.blend_params(
+                    config, f"{self._name}-{next(self._numbers)}", trace=params.trace
+                ),
             },
         }
         if params.structured_outputs is not None:
@@ -277,7 +279,8 @@ class ServerEngine(ConnectedEngine):
         return self._finish(answer, told, params)
 
     def _finish(self, answer: _Answer, told: Mapping[str, Any] | None, params: SamplingParams) -> Generation:
-        stats = wire.parse_stats((told or {}).get(PARAMS_KEY), answer.prompt_tokens)
+        ours = (told or {}).get(PARAMS_KEY)
+        stats = wire.parse_stats(ours, answer.prompt_tokens)
         if answer.streamed:
             stats.ttft = answer.ttft
         self.counts[stats.decision] += 1
@@ -288,6 +291,7 @@ class ServerEngine(ConnectedEngine):
             finish_reason=answer.finish_reason,
             logprobs=answer.logprobs if params.logprobs is not None else None,
             stats=stats,
+            trace=wire.parse_trace(ours),
         )
 
     def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:

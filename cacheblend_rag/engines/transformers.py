@@ -287,7 +287,7 @@ class TransformersEngine(Engine):
         matcher = self._matcher(params)
         self._check_vocabulary([*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids and logit_bias")
         with self._lock:
-            prompt_read = self._reader.read_prompt(ids, total, config)
+            prompt_read = self._reader.read_prompt(ids, total, config, trace=params.trace)
         stats = prompt_read.stats
         stats.match += tokenized - started
         self.counts[stats.decision] += 1
@@ -339,5 +339,6 @@ class TransformersEngine(Engine):
                 logprobs=logprobs if params.logprobs is not None else None,
                 stats=stats,
                 segments=prompt_read.segments,
+                trace=prompt_read.trace,
             ),
         )

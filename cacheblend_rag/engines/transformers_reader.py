@@ -20,8 +20,10 @@ from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
+from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store.codecs import encode
+from cacheblend_rag.trace import BlendTrace
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +37,14 @@ class ReadPrompt:
         logits: float32 ``[vocabulary]``: logits of the first token to generate.
         stats: How it was read; the times of the first token are not filled in yet.
         segments: The runs whose KV came from chunks.
+        trace: What the blend measured and chose, if that was asked for and something was blended.
     """
 
     forward: PromptForward
     logits: torch.Tensor
     stats: BlendStats
     segments: tuple[Segment, ...] = ()
+    trace: BlendTrace | None = None
 
 
 class PromptReader:
@@ -82,13 +86,14 @@ class PromptReader:
         return ChunkKV(scope.key(ids), scope, ids, primer, encoded, scales)
 
     @torch.inference_mode()
-    def read_prompt(self, ids: TokenIds, total: int, config: BlendConfig) -> ReadPrompt:
+    def read_prompt(self, ids: TokenIds, total: int, config: BlendConfig, *, trace: bool = False) -> ReadPrompt:
         """Read a prompt the fastest way that is right. Whatever goes wrong in a blend ends in plain prefill.
 
         Args:
             ids: int32 ``[tokens]``, at least one.
             total: Tokens of the prompt and of the longest answer to it.
             config: The request's settings.
+            trace: Whether to tell what the blend measured and chose.
 
         Raises:
             PolicyError: the selection policy broke its contract.
@@ -99,7 +104,7 @@ class PromptReader:
             limit = self._loaded.full_attention_tokens
             return self._prefill(ids, total, f"longer than the {limit} tokens that see each other fully")
         try:
-            return self._blend(ids, total, config)
+            return self._blend(ids, total, config, trace)
         except PolicyError:
             raise
         except Exception:
@@ -114,7 +119,7 @@ class PromptReader:
         stats = BlendStats(len(ids), missed_tokens=len(ids), reason=reason, recompute=time.perf_counter() - started)
         return ReadPrompt(forward, logits, stats)
 
-    def _blend(self, ids: TokenIds, total: int, config: BlendConfig) -> ReadPrompt:
+    def _blend(self, ids: TokenIds, total: int, config: BlendConfig, trace: bool) -> ReadPrompt:
         stats = BlendStats(len(ids))
         unreadable: set[str] = set()
         while True:
@@ -136,7 +141,8 @@ class PromptReader:
             # As if these chunks were not warm: others may cover their tokens.
             unreadable |= lost
             self.counts["chunk_fault"] += len(lost)
-        result = blend(forward, layout, config)
+        recorder = Recorder() if trace and layout.segments else None
+        result = blend(forward, layout, config, recorder)
         stats.prefix_tokens = layout.prefix
         stats.recomputed_tokens = len(result.recomputed)
         stats.reused_tokens = len(layout.matched) - len(result.recomputed)
@@ -145,7 +151,8 @@ class PromptReader:
         stats.policy = result.policy
         stats.faults = len(unreadable)
         stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
-        return ReadPrompt(forward, result.logits, stats, layout.prefix_segments + layout.segments)
+        told = None if recorder is None else recorder.trace(layout, result.recomputed)
+        return ReadPrompt(forward, result.logits, stats, layout.prefix_segments + layout.segments, told)
 
     def _forward(self, ids: TokenIds, kv: torch.Tensor) -> PromptForward:
         return PromptForward(self._loaded.model, torch.from_numpy(ids.astype(np.int64)).to(kv.device), kv)

@@ -183,7 +183,7 @@ class VllmEngine(ConnectedEngine):
     def _begin(self, ids: list[int], seconds: float, config: BlendConfig, params: SamplingParams) -> _Sent:
         started = time.perf_counter() - seconds
         request_id = self._new_id()
-        request = self._send(request_id, ids, params, wire.blend_params(config, request_id))
+        request = self._send(request_id, ids, params, wire.blend_params(config, request_id, trace=params.trace))
         request.timeout = params.timeout
         return _Sent(request, request_id, ids, params, started, seconds)
 
@@ -211,7 +211,8 @@ class VllmEngine(ConnectedEngine):
                 yield StreamPiece(piece)
         # A stop string ends the answer before vLLM's scheduler knows: the stats are asked for then.
         answer = answer or self._told(self._send_action("report", sent.request_id, [0]))
-        stats = wire.parse_stats((answer or {}).get(PARAMS_KEY), len(sent.prompt_ids))
+        told = (answer or {}).get(PARAMS_KEY)
+        stats = wire.parse_stats(told, len(sent.prompt_ids))
         stats.match += sent.tokenized
         stats.ttft = ttft
         self.counts[stats.decision] += 1
@@ -224,6 +225,7 @@ class VllmEngine(ConnectedEngine):
                 finish_reason=finish_reason,
                 logprobs=logprobs if sent.params.logprobs is not None else None,
                 stats=stats,
+                trace=wire.parse_trace(told),
             ),
         )
 

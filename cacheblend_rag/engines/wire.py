@@ -13,12 +13,13 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.base import Progress
 from cacheblend_rag.errors import CacheBlendError, UnsupportedModelError
 from cacheblend_rag.stats import BlendStats, WarmReport
+from cacheblend_rag.trace import BlendTrace
 from cacheblend_rag.vllm.settings import PARAMS_KEY
 
 
-def blend_params(config: BlendConfig, request_id: str) -> dict[str, Any]:
+def blend_params(config: BlendConfig, request_id: str, *, trace: bool) -> dict[str, Any]:
     """``kv_transfer_params`` of a request that generates, its stats to be found under a name."""
-    return {PARAMS_KEY: {**config.to_dict(), "id": request_id}}
+    return {PARAMS_KEY: {**config.to_dict(), "id": request_id, "trace": trace}}
 
 
 def action_params(action: str, value: Any = True) -> dict[str, Any]:
@@ -56,6 +57,12 @@ def parse_stats(answer: Mapping[str, Any] | None, prompt_tokens: int) -> BlendSt
         return BlendStats(prompt_tokens, missed_tokens=prompt_tokens, reason=reason)
     known = {field.name for field in dataclasses.fields(BlendStats)}
     return BlendStats(**{name: value for name, value in answer.items() if name in known})
+
+
+def parse_trace(answer: Mapping[str, Any] | None) -> BlendTrace | None:
+    """The trace of a response, see :func:`parse_stats`; None if there is none."""
+    told = (answer or {}).get("trace")
+    return None if told is None else BlendTrace.from_dict(told)
 
 
 def parse_scope(description: Mapping[str, Any]) -> ChunkScope:

@@ -31,6 +31,7 @@ class BlendJob:
         reason: Why it is blended.
         salt: Names the prompt cache's blended blocks that the hit may hold.
         block_ids: The request's block table.
+        trace: Whether to report what the blend measures and chooses.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class BlendJob:
     reason: str
     salt: str
     block_ids: list[int]
+    trace: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

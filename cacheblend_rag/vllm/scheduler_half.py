@@ -312,6 +312,7 @@ class SchedulerHalf:
                     plan.stats.reason,
                     plan.marks[-1][1],
                     block_ids,
+                    plan.params.trace,
                 )
             )
 
@@ -367,7 +368,8 @@ class SchedulerHalf:
         if plan.params.action != "generate":
             ours = plan.answer if plan.answer is not None else self._warm_answer(plan, report)
         else:
-            ours = self._stats(plan, report).to_dict()
+            trace = (report or {}).pop("trace", None)
+            ours = self._stats(plan, report).to_dict() | ({} if trace is None else {"trace": trace})
             if plan.params.request_id is not None:
                 self._finished[plan.params.request_id] = ours
                 if len(self._finished) > _REMEMBERED:

@@ -100,6 +100,7 @@ class RequestParams:
         request_id: ``id``, a name by which ``report`` finds this request's stats; for ``report`` the one to tell.
         keys: Of ``lookup``, ``evict_keys`` and ``prefetch``; at most :data:`MOST_KEYS`.
         cursor: Of ``list_keys``.
+        trace: ``trace: true``: tell what the blend measured and chose, besides the stats.
     """
 
     action: Action = "generate"
@@ -107,6 +108,7 @@ class RequestParams:
     request_id: str | None = None
     keys: tuple[str, ...] = ()
     cursor: int = 0
+    trace: bool = False
 
     @classmethod
     def parse(cls, params: object, defaults: BlendConfig, num_layers: int) -> RequestParams:
@@ -128,6 +130,9 @@ class RequestParams:
             raise ConfigError(f"kv_transfer_params.{PARAMS_KEY} must be an object of settings, not {ours!r}")
         settings = dict(ours)
         request_id = settings.pop("id", None)
+        trace = settings.pop("trace", False)
+        if not isinstance(trace, bool):
+            raise ConfigError(f"trace must be true or false, not {trace!r}")
         asked: list[Action] = []
         for action in ("warm", "evict", "describe"):
             value = settings.pop(action, False)
@@ -158,7 +163,7 @@ class RequestParams:
             raise ConfigError(f"bad blend settings {settings!r}: {error}") from error
         blend = blend.or_question_layers(defaults.question_layers)
         blend.check_layer_numbers(num_layers)
-        return cls(asked[0] if asked else "generate", blend, request_id, keys, cursor or 0)
+        return cls(asked[0] if asked else "generate", blend, request_id, keys, cursor or 0, trace)
 
 
 def _parse_keys(action: str, value: object) -> tuple[str, ...]:

@@ -22,9 +22,11 @@ from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.prefetching import Prefetcher
+from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store import ChunkStore, TieredStore
 from cacheblend_rag.store.codecs import encode, stored_dtype
+from cacheblend_rag.trace import BlendTrace
 from cacheblend_rag.vllm.costs import ReadClock
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
@@ -200,11 +202,20 @@ class WorkerHalf:
         """Tokens of chunks that were read from disk since this was last called, and seconds that it took."""
         return self._clock.take() if self._model.is_first_rank else (0, 0.0)
 
-    def _report(self, job: BlendJob, stats: BlendStats, result: BlendResult | None = None) -> None:
+    def _report(
+        self,
+        job: BlendJob,
+        stats: BlendStats,
+        result: BlendResult | None = None,
+        trace: Callable[[], BlendTrace] | None = None,
+    ) -> None:
         def report() -> dict[str, Any]:
+            told: dict[str, Any] = {}
             if result is not None:
                 stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
-            return {**stats.to_dict(), "finished_at": time.time()}
+            if trace is not None:
+                told["trace"] = trace().to_dict()
+            return {**stats.to_dict(), **told, "finished_at": time.time()}
 
         if self._model.is_first_rank:  # all do alike
             self._reports[job.request_id] = report
@@ -302,16 +313,18 @@ class WorkerHalf:
             self._choices.repeat(blend.job, blend.layout.matched, blend.forward) if blend.is_planned else None
             for blend in blends
         ]
-        ends = run_blends(
-            self._model,
-            [
-                (blend.forward, blend_passes(blend.forward, blend.layout, blend.job.config, known))
-                for blend, known in zip(blends, chosen, strict=True)
-            ],
-        )
+        passes = [
+            blend_passes(blend.forward, blend.layout, blend.job.config, known)
+            for blend, known in zip(blends, chosen, strict=True)
+        ]
+        recorders = [Recorder() if blend.job.trace and blend.layout.segments else None for blend in blends]
+        passes = [
+            one if recorder is None else recorder.listen(one) for one, recorder in zip(passes, recorders, strict=True)
+        ]
+        ends = run_blends(self._model, [(blend.forward, one) for blend, one in zip(blends, passes, strict=True)])
         if self._model.kernel_passes is not None:  # nothing that comes after asks layer by layer
             self._model.kernel_passes.stream.wait_for_all()
-        for blend, known, end in zip(blends, chosen, ends, strict=True):
+        for blend, known, recorder, end in zip(blends, chosen, recorders, ends, strict=True):
             if isinstance(end, Exception):
                 self._fall_back(blend.job, end)
                 continue
@@ -320,7 +333,8 @@ class WorkerHalf:
             blend.stats.recomputed_tokens = len(end.recomputed)
             blend.stats.reused_tokens = len(blend.layout.matched) - len(end.recomputed)
             blend.stats.policy = end.policy
-            self._report(blend.job, blend.stats, end)
+            trace = None if recorder is None else functools.partial(recorder.trace, blend.layout, end.recomputed)
+            self._report(blend.job, blend.stats, end, trace)
 
     def _prefill(self, job: BlendJob, reason: str = "blending failed, see the log") -> None:
         stats = BlendStats(len(job.token_ids), prefix_tokens=job.hit, missed_tokens=len(job.token_ids) - job.hit)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from cacheblend_rag.engines.fingerprint import _digest_weights
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.model_profile import ModelProfile, write_profile
 from cacheblend_rag.store import open_store
+from cacheblend_rag.trace import BlendTrace
 from cacheblend_rag.vllm.forward import PagedForward
 
 from .conftest import BLEND, CHUNKS, MOE, PRIMER, WIDE, Case, Engines, forget_prefixes, random_text
@@ -88,8 +90,9 @@ def test_both_engines_choose_alike(
         prompt = Case(engine, CHUNKS).prompt(seed)
         if begins_with_primer:  # then the first passage is exact in both
             prompt = PRIMER + CHUNKS[seed] + prompt
-        theirs = embedded.generate(prompt, max_tokens=4, blend={"recompute_ratio": 0.2, **blend}, logprobs=3)
-        mine = engine.generate(prompt, max_tokens=4, blend={"recompute_ratio": 0.2, **blend}, logprobs=3)
+        call = {"max_tokens": 4, "blend": {"recompute_ratio": 0.2, **blend}, "logprobs": 3, "trace": True}
+        theirs = embedded.generate(prompt, **call)
+        mine = engine.generate(prompt, **call)
         expected, chosen = (set(positions.tolist()) for positions in choices[-2:])
         assert len(chosen) == len(expected) > 80
         assert len(chosen ^ expected) <= 2  # a pair of tokens within rounding of each other
@@ -99,6 +102,22 @@ def test_both_engines_choose_alike(
         )
         if chosen == expected:
             assert mine.token_ids == theirs.token_ids
+            assert_told_alike(mine.trace, theirs.trace)
+
+
+def assert_told_alike(mine: BlendTrace | None, theirs: BlendTrace | None) -> None:
+    assert mine is not None
+    assert theirs is not None
+    assert mine.recomputed.tolist() == theirs.recomputed.tolist()
+    assert list(mine.deviations) == list(theirs.deviations)
+    assert (mine.read is None) == (theirs.read is None)
+    pairs = [(mine.deviations[layer], theirs.deviations[layer]) for layer in mine.deviations]
+    if mine.read is not None and theirs.read is not None:
+        pairs.append((mine.read, theirs.read))
+    for one, other in pairs:
+        assert one.positions.tolist() == other.positions.tolist()
+        assert np.allclose(one.values, other.values, rtol=1e-3, atol=1e-5)
+    assert pairs[-1][1].values.max() > 1e-3  # those of layer 0 are all 0: nothing came before it
 
 
 @pytest.mark.parametrize("policy", ["query_aware", "hybrid"])

@@ -343,13 +343,14 @@ async def test_llama_index_over_the_server(served: str, engine: ServerEngine) ->
 
 
 def test_streams_join_to_the_answer(engine: ServerEngine) -> None:
-    whole = engine.generate(prompt(2), max_tokens=12, logprobs=2)
+    whole = engine.generate(prompt(2), max_tokens=12, logprobs=2, trace=True)
     *pieces, last = engine.stream(prompt(2), max_tokens=12, logprobs=2)
     assert last.generation is not None
     assert "".join([*pieces, last]) == whole.text == last.generation.text
     assert last.generation.token_ids == whole.token_ids
     assert len(pieces) > 4
     assert last.generation.stats.decision in ("blend", "prefix")
+    assert last.generation.trace is None
     assert 0 < last.generation.stats.ttft < 60
 
 
@@ -388,6 +389,19 @@ def test_what_breaks_off_is_an_error_and_no_short_answer(engine: ServerEngine, m
     assert last.generation is not None
     assert last.generation.text
     assert "could not tell" in last.generation.stats.reason
+
+
+def test_what_a_blend_chose_is_told(engine: ServerEngine) -> None:
+    """In the response, or where that has no place for it, when it is asked for."""
+    whole = engine.generate(prompt(7), max_tokens=9, trace=True)
+    assert whole.trace is not None
+    assert len(whole.trace.recomputed) == whole.stats.recomputed_tokens > 20
+    assert whole.trace.read is not None
+    assert len(whole.trace.read.values) == whole.stats.prompt_tokens
+    *_, last = engine.stream(prompt(8), max_tokens=9, trace=True)
+    assert last.generation is not None
+    assert last.generation.trace is not None
+    assert len(last.generation.trace.recomputed) == last.generation.stats.recomputed_tokens > 20
 
 
 def test_a_stop_string_ends_the_answer(engine: ServerEngine) -> None:

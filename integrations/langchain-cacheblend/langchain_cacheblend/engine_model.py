@@ -33,7 +33,7 @@ _LOAD_SETTINGS = (
 )
 _PATIENCE = ("timeout", "max_retries")  # change no answer
 _API_KEY_VARIABLE = "CACHEBLEND_API_KEY"
-_PER_CALL = ("logprobs", "structured_outputs", "skip_special_tokens")
+_PER_CALL = ("logprobs", "structured_outputs", "skip_special_tokens", "trace")
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name not in _PER_CALL)
 """Settings of both classes, and of their calls, that are fields of ``SamplingParams``."""
 

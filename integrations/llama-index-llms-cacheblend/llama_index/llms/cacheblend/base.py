@@ -47,7 +47,7 @@ from llama_index.llms.cacheblend.serializing import plain_settings
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
-_PER_ANSWER = ("logprobs", "structured_outputs", "skip_special_tokens")
+_PER_ANSWER = ("logprobs", "structured_outputs", "skip_special_tokens", "trace")
 # Settings of the object and of each call; every one of them is an attribute.
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name not in _PER_ANSWER)
 _PER_CALL = [*_SAMPLING, "blend", "logprobs", "structured_outputs"]
