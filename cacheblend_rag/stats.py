@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from cacheblend_rag.matching import Segment
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 Decision = Literal["blend", "prefix", "prefill"]
 FinishReason = Literal["stop", "length"]
+
+PARTS = ("match", "load", "select", "recompute", "first_token")
+"""What the time to first token is made of: fields of :class:`BlendStats`, in order."""
 
 
 @dataclasses.dataclass
@@ -59,6 +63,24 @@ class BlendStats:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return dataclasses.asdict(self)
+
+    def line(self, scores: Sequence[float] = ()) -> str:
+        """All of it in one line, for a log.
+
+        Args:
+            scores: What the recomputed tokens were chosen by: the lowest and the highest; empty if that isn't known.
+        """
+        chosen = f" by {self.policy}" if self.policy else ""
+        if len(scores):
+            chosen += f", scores {min(scores):.3g} to {max(scores):.3g}"
+        matched = self.recomputed_tokens + self.reused_tokens
+        counts = (
+            f"{self.recomputed_tokens} of {matched} matched tokens recomputed{chosen}, {self.missed_tokens} missed, "
+            f"{self.prefix_tokens} of an exact prefix, {self.prompt_tokens} in all, {self.segments} segments, "
+            f"{self.faults} faults"
+        )
+        parts = ", ".join(f"{part} {1000 * getattr(self, part):.1f} ms" for part in PARTS)
+        return f"{self.decision} ({self.reason}): {counts}; {parts}"
 
 
 @dataclasses.dataclass

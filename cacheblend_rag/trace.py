@@ -45,13 +45,13 @@ class BlendTrace:
     read: Measured | None
 
     @property
-    def chosen_scores(self) -> NDArray[np.float32]:
-        """Of the recomputed tokens, what was measured last; empty if nothing was."""
-        if self.read is not None:
-            return self.read.at(self.recomputed)
-        if self.deviations:
-            return self.deviations[max(self.deviations)].at(self.recomputed)
-        return np.empty(0, np.float32)
+    def score_range(self) -> tuple[float, ...]:
+        """Of what was measured last, the lowest and the highest of the recomputed tokens; empty if nothing was."""
+        last = self.read
+        if last is None and self.deviations:
+            last = self.deviations[max(self.deviations)]
+        scores = np.empty(0) if last is None else last.at(self.recomputed)
+        return (float(scores.min()), float(scores.max())) if len(scores) else ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

@@ -7,6 +7,7 @@ import logging
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -411,6 +412,28 @@ class TestQuery:
         text = done("query", "Who is the mayor of Bessel?", *options, "--mode", "blend", "--compare")
         for part in ("decision  blend: mode is blend", "reused +", "ttft", "full prefill", "speed-up", "bessel.md #0"):
             assert part in text
+
+    def test_where_the_time_went_and_what_was_chosen(self, options: list[str], tmp_path: Path) -> None:
+        ask = ["query", "Who is the mayor of Bessel?", *options, "--mode", "blend", "--trace"]
+        path = tmp_path / "trace.json"
+        text = done(*ask, "--compare", "--trace-file", path)
+        for part in ("rest", "load", "select", "recompute", "first token", "in all"):
+            assert re.search(rf"^  {part} +[\d.]+ ms", text, re.M)
+        counts = r"^  (\d+) of (\d+) matched tokens \(\S+%\) by query_aware, scores"
+        ((total, matched),) = re.findall(counts, text, re.M)
+        runs = re.findall(r"^ +(\d+) of (\d+) at \d+ to \d+, chunk [0-9a-f]{12}$", text, re.M)
+        assert len(runs) > 2
+        assert sum(int(chosen) for chosen, _ in runs) == int(total)
+        assert sum(int(length) for _, length in runs) == int(matched)
+        names = {event["args"]["name"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "M"}
+        assert names == {"cacheblend", "answer", "full prefill"}
+        answer = document(*ask)
+        assert len(answer["trace"]["recomputed"]) == answer["stats"]["recomputed_tokens"]
+        assert "trace" not in document(*ask[:-1])
+        assert "nothing was blended" in done(*ask, "--mode", "off")
+        bad = run(*ask, "--trace-file", tmp_path / "nowhere" / "trace.json")
+        assert bad.exit_code == 2
+        assert "there is no directory" in " ".join(bad.stderr.split())
 
     def test_settings_reach_the_engine(self, options: list[str]) -> None:
         ask = ["query", "salt company", *options, "--mode", "blend"]

@@ -39,9 +39,10 @@ def test_as_json_and_back(trace: BlendTrace) -> None:
         assert mine.values.tolist() == theirs.values.tolist()
 
 
-def test_the_scores_of_what_was_chosen() -> None:
+def test_the_range_of_what_was_chosen() -> None:
     early, late = (Measured(np.arange(2, 8), np.arange(6, dtype=np.float32) + add) for add in (0, 10))
     chosen = np.array([0, 3, 7])  # the first one was not measured
-    assert BlendTrace(chosen, {4: late, 1: early}, None).chosen_scores.tolist() == [11, 15]
-    assert BlendTrace(chosen, {1: early}, late).chosen_scores.tolist() == [11, 15]
-    assert BlendTrace(chosen, {}, None).chosen_scores.tolist() == []
+    assert BlendTrace(chosen, {4: late, 1: early}, None).score_range == (11, 15)
+    assert BlendTrace(chosen, {1: early}, late).score_range == (11, 15)
+    assert BlendTrace(chosen, {}, None).score_range == ()
+    assert BlendTrace(chosen[:1], {1: early}, None).score_range == ()

@@ -5,6 +5,7 @@ Nothing here imports torch: ``--help`` is quick, and each command imports what i
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ import cacheblend_rag
 from cacheblend_rag.cli import ingest, profile, query, serve, store
 from cacheblend_rag.cli.console import print_error
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.logs import LEVEL_VARIABLE, log_to_stderr
 
 
 class _Commands(TyperGroup):
@@ -63,7 +65,16 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None: ...
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEVEL", envvar=LEVEL_VARIABLE, help="Log to stderr: debug (a line a prompt), info, warning, error."
+        ),
+    ] = None,
+) -> None:
+    if log_level is not None:
+        log_to_stderr(log_level)
+        os.environ[LEVEL_VARIABLE] = log_level  # for the processes that vLLM starts
 
 
 def main() -> None:

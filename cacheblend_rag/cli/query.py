@@ -13,6 +13,7 @@ import typer
 from cacheblend_rag.cli import engine as options
 from cacheblend_rag.cli.console import print_json, print_note, working
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.stats import PARTS
 
 if TYPE_CHECKING:
     from cacheblend_rag.catalog import Passage
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cacheblend_rag.stats import BlendStats, Generation
 
 _SYSTEM = "Answer the question from the passages, briefly. If they do not hold the answer, say so."
-_PARTS = ("match", "load", "select", "recompute", "first_token")
 
 
 def query(
@@ -45,6 +45,13 @@ def query(
         typer.Option(metavar="FILE", help="The whole prompt, instead of a question and retrieval; - is stdin."),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer by full prefill too.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Tell where the time went, what was recomputed, and by what scores.")
+    ] = False,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write where the time went as a trace for Perfetto or about:tracing."),
+    ] = None,
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
     codec: options.Codec = "raw",
@@ -57,6 +64,8 @@ def query(
         raise typer.BadParameter("give either a QUESTION or --prompt-file")
     from cacheblend_rag import BlendConfig
 
+    if trace_file is not None and not trace_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {trace_file.parent} for --trace-file")
     prompt = None if prompt_file is None else options.read_text(prompt_file)
     blend = BlendConfig(recompute_ratio=ratio, policy=policy, forced_tokens=forced_tokens, mode=mode)  # type: ignore[arg-type]  # it checks
     options.require_store(store)
@@ -80,7 +89,7 @@ def query(
         with working("answering"):
             if compare:  # what is set up once, on first use, must not count against whoever comes first
                 loaded.generate("warm-up", max_tokens=1, blend={"mode": "off"})
-            answer = loaded.generate(prompt, max_tokens=max_tokens)
+            answer = loaded.generate(prompt, max_tokens=max_tokens, trace=trace)
             full = loaded.generate(prompt, max_tokens=max_tokens, blend={"mode": "off"}) if compare else None
         if not answer.segments and (lacking := _what_store_lacks(loaded, engine, store)):
             print_note(f"note: {lacking}")
@@ -89,6 +98,12 @@ def query(
         print_json(_as_json(answer, full, passages))
     else:
         typer.echo(_as_text(answer, full, passages))
+        if trace:
+            typer.echo(_trace_as_text(answer))
+    if trace_file is not None:
+        from cacheblend_rag.diagnostics.timeline import write_timeline
+
+        write_timeline({"answer": answer.stats} | ({} if full is None else {"full prefill": full.stats}), trace_file)
 
 
 def _messages(question: str, passages: Sequence[Passage]) -> list[dict[str, str]]:
@@ -141,6 +156,8 @@ def _as_json(answer: Generation, full: Generation | None, passages: Sequence[Pas
         "stats": answer.stats.to_dict(),
         "passages": [dataclasses.asdict(passage) for passage in passages],
     }
+    if answer.trace is not None:
+        document["trace"] = answer.trace.to_dict()
     if full is not None:
         document["full_prefill"] = {
             "answer": full.text,
@@ -176,8 +193,30 @@ def _as_text(answer: Generation, full: Generation | None, passages: Sequence[Pas
     return "\n".join(lines)
 
 
+def _trace_as_text(answer: Generation) -> str:
+    from cacheblend_rag.diagnostics.timeline import parts_of
+
+    stats, trace = answer.stats, answer.trace
+    lines = ["", "time to the first token"]
+    for part, seconds in parts_of(stats).items():
+        lines.append(f"  {part.replace('_', ' '):<12}{1000 * seconds:>10.1f} ms {seconds / stats.ttft:>6.1%}")
+    lines.append(f"  {'in all':<12}{1000 * stats.ttft:>10.1f} ms")
+    if trace is None:
+        return "\n".join([*lines, "", "recomputed", "  nothing was blended"])
+    scores = " to ".join(f"{score:.3g}" for score in trace.score_range)
+    matched = stats.reused_tokens + stats.recomputed_tokens
+    lines += ["", "recomputed", f"  {stats.recomputed_tokens:,} of {matched:,} matched tokens"]
+    lines[-1] += f" ({stats.recomputed_tokens / matched:.1%})" if matched else ""
+    lines[-1] += f" by {stats.policy}, scores {scores}" if scores else ""
+    for segment in answer.segments:
+        chosen = int(((trace.recomputed >= segment.start) & (trace.recomputed < segment.end)).sum())
+        where = f"{segment.start:,} to {segment.end - 1:,}"
+        lines.append(f"  {chosen:>6,} of {segment.length:,} at {where}, chunk {segment.key[:12]}")
+    return "\n".join(lines)
+
+
 def _seconds(stats: BlendStats) -> str:
-    parts = ", ".join(f"{part.replace('_', ' ')} {getattr(stats, part):.3f}" for part in _PARTS)
+    parts = ", ".join(f"{part.replace('_', ' ')} {getattr(stats, part):.3f}" for part in PARTS)
     return f"{stats.ttft:.3f} s ({parts})"
 
 

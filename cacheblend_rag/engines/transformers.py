@@ -287,7 +287,8 @@ class TransformersEngine(Engine):
         matcher = self._matcher(params)
         self._check_vocabulary([*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids and logit_bias")
         with self._lock:
-            prompt_read = self._reader.read_prompt(ids, total, config, trace=params.trace)
+            is_traced = params.trace or logger.isEnabledFor(logging.DEBUG)
+            prompt_read = self._reader.read_prompt(ids, total, config, trace=is_traced)
         stats = prompt_read.stats
         stats.match += tokenized - started
         self.counts[stats.decision] += 1
@@ -313,6 +314,8 @@ class TransformersEngine(Engine):
                 now = time.perf_counter()
                 stats.first_token = now - ready
                 stats.ttft = now - started
+                if logger.isEnabledFor(logging.DEBUG):
+                    logger.debug("%s", stats.line(prompt_read.trace.score_range if prompt_read.trace else ()))
             token_ids.append(token)
             if token_logprobs is not None:
                 logprobs.append(token_logprobs)
@@ -339,6 +342,6 @@ class TransformersEngine(Engine):
                 logprobs=logprobs if params.logprobs is not None else None,
                 stats=stats,
                 segments=prompt_read.segments,
-                trace=prompt_read.trace,
+                trace=prompt_read.trace if params.trace else None,
             ),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -30,6 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cacheblend_rag.chunks import ChunkScope
 from cacheblend_rag.errors import ConfigError, UnsupportedModelError
 from cacheblend_rag.library import ChunkLibrary
+from cacheblend_rag.logs import LEVEL_VARIABLE, log_to_stderr
 from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.store import ChunkStore, open_store
 from cacheblend_rag.vllm.compat import check_version
@@ -63,6 +65,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         check_version()
+        if level := os.environ.get(LEVEL_VARIABLE):
+            log_to_stderr(level)
         self.faults: Counter[str] = Counter()
         self._settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
@@ -292,6 +296,14 @@ class CacheBlendConnector(KVConnectorBase_V1):
         # Once, and in one process: the workers get it with each request's settings.
         layers = read_question_layers(store, fingerprint.weights, num_layers)
         blend = self._settings.blend.or_question_layers(layers)
+        logger.info(
+            "model %s (%s), policy %s, recompute_ratio %s, store %s",
+            fingerprint.name,
+            fingerprint.dtype,
+            blend.policy,
+            blend.recompute_ratio,
+            store,
+        )
         return SchedulerHalf(
             dataclasses.replace(self._settings, blend=blend),
             ChunkLibrary(store, scope),

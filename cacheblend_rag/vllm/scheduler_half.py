@@ -368,8 +368,12 @@ class SchedulerHalf:
         if plan.params.action != "generate":
             ours = plan.answer if plan.answer is not None else self._warm_answer(plan, report)
         else:
-            trace = (report or {}).pop("trace", None)
-            ours = self._stats(plan, report).to_dict() | ({} if trace is None else {"trace": trace})
+            told = report or {}
+            trace, scores = told.pop("trace", None), told.pop("score_range", ())
+            stats = self._stats(plan, report)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("%s: %s", request.request_id, stats.line(scores))
+            ours = stats.to_dict() | ({} if trace is None else {"trace": trace})
             if plan.params.request_id is not None:
                 self._finished[plan.params.request_id] = ours
                 if len(self._finished) > _REMEMBERED:

@@ -214,7 +214,10 @@ class WorkerHalf:
             if result is not None:
                 stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
             if trace is not None:
-                told["trace"] = trace().to_dict()
+                found = trace()
+                told["score_range"] = found.score_range
+                if job.trace:
+                    told["trace"] = found.to_dict()
             return {**stats.to_dict(), **told, "finished_at": time.time()}
 
         if self._model.is_first_rank:  # all do alike
@@ -317,7 +320,8 @@ class WorkerHalf:
             blend_passes(blend.forward, blend.layout, blend.job.config, known)
             for blend, known in zip(blends, chosen, strict=True)
         ]
-        recorders = [Recorder() if blend.job.trace and blend.layout.segments else None for blend in blends]
+        logs = logger.isEnabledFor(logging.DEBUG)
+        recorders = [Recorder() if (blend.job.trace or logs) and blend.layout.segments else None for blend in blends]
         passes = [
             one if recorder is None else recorder.listen(one) for one, recorder in zip(passes, recorders, strict=True)
         ]

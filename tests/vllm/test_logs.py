@@ -1,0 +1,32 @@
+"""A line for each prompt, for debugging."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+
+from .conftest import Case
+
+
+def test_a_line_for_each_prompt(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = case.prompt(90)
+    with caplog.at_level(logging.DEBUG, "cacheblend_rag"):
+        blended = case.engine.generate(prompt, max_tokens=2)
+        case.engine.generate(case.prompt(91), max_tokens=2, blend={"mode": "off"})
+    assert blended.trace is None
+    stats = blended.stats
+    lines = [record.getMessage() for record in caplog.records if "matched tokens" in record.getMessage()]
+    assert len(lines) == 2
+    matched = stats.reused_tokens + stats.recomputed_tokens
+    assert f": blend ({stats.reason}): {stats.recomputed_tokens} of {matched} matched tokens recomputed" in lines[0]
+    low, high = map(float, re.search(r"by query_aware, scores (\S+) to (\S+),", lines[0]).groups())  # type: ignore[union-attr]
+    assert 0 < low < high
+    assert ": prefill (mode is off): 0 of 0 matched tokens recomputed, " in lines[1]
+
+
+def test_nothing_is_measured_for_a_log_that_nobody_keeps(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "cacheblend_rag"):
+        case.engine.generate(case.prompt(92), max_tokens=1)
+    assert [record for record in caplog.records if record.name.startswith("cacheblend_rag")] == []
