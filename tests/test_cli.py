@@ -435,6 +435,30 @@ class TestQuery:
         assert bad.exit_code == 2
         assert "there is no directory" in " ".join(bad.stderr.split())
 
+    def test_inspect_draws_what_was_chosen(self, options: list[str], tmp_path: Path) -> None:
+        page, picture = tmp_path / "page.html", tmp_path / "picture.png"
+        ask = ["inspect", "Who is the mayor of Bessel?", *options]
+        text = done(*ask, "--html", page, "--png", picture)
+        assert re.search(r"they hold [\d.]+% of the deviation from full prefill; as many could hold [\d.]+%", text)
+        assert text.endswith(f"written to {page}\nwritten to {picture}\n")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        found = document(*ask, "--policy", "hkvd", "--ratio", 0.3)
+        assert len(found["trace"]["recomputed"]) == found["stats"]["recomputed_tokens"]
+        assert 0 < found["deviation"]["held_by_recomputed"] <= found["deviation"]["most_that_as_many_hold"] < 1
+        assert page.read_text("utf-8").count('class="recomputed" style') == document(*ask)["stats"]["recomputed_tokens"]
+
+    def test_inspect_says_what_is_missing(self, options: list[str], tmp_path: Path) -> None:
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text("Nothing of this is known.")
+        ask = ["inspect", *options, "--prompt-file", prompt]
+        assert refused(*ask).startswith("nothing of this prompt was blended (no known chunk in the prompt)")
+        assert refused(*ask, "--png", tmp_path / "a.gif").startswith("the picture's name must end in .png or .svg")
+        assert refused("inspect", "why", *options[:2], "--store", tmp_path / "none").startswith(
+            "there is no chunk store"
+        )
+        for bad in (["inspect", *options], [*ask, "--html", tmp_path / "nowhere" / "a.html"]):
+            assert run(*bad).exit_code == 2
+
     def test_settings_reach_the_engine(self, options: list[str]) -> None:
         ask = ["query", "salt company", *options, "--mode", "blend"]
         none, some = document(*ask, "--ratio", 0), document(*ask, "--ratio", 0.5, "--policy", "hkvd")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cacheblend_rag.cli import engine as options
+from cacheblend_rag.cli.asking import messages, retrieve, what_store_lacks
 from cacheblend_rag.cli.console import print_json, print_note, working
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.cli.tracing import trace_as_text
 from cacheblend_rag.stats import PARTS
 
 if TYPE_CHECKING:
     from cacheblend_rag.catalog import Passage
-    from cacheblend_rag.chunks import ChunkScope
-    from cacheblend_rag.engines.base import Engine
     from cacheblend_rag.stats import BlendStats, Generation
-
-_SYSTEM = "Answer the question from the passages, briefly. If they do not hold the answer, say so."
 
 
 def query(
@@ -84,14 +80,14 @@ def query(
         passages: list[Passage] = []
         if prompt is None:
             assert question is not None  # one of both is given
-            passages = _retrieve(loaded, engine, store, question, top_k)
-            prompt = loaded.render_chat(_messages(question, passages))
+            passages = retrieve(loaded, engine, store, question, top_k)
+            prompt = loaded.render_chat(messages(question, passages))
         with working("answering"):
             if compare:  # what is set up once, on first use, must not count against whoever comes first
                 loaded.generate("warm-up", max_tokens=1, blend={"mode": "off"})
             answer = loaded.generate(prompt, max_tokens=max_tokens, trace=trace)
             full = loaded.generate(prompt, max_tokens=max_tokens, blend={"mode": "off"}) if compare else None
-        if not answer.segments and (lacking := _what_store_lacks(loaded, engine, store)):
+        if not answer.segments and (lacking := what_store_lacks(loaded, engine, store)):
             print_note(f"note: {lacking}")
 
     if json:
@@ -99,54 +95,11 @@ def query(
     else:
         typer.echo(_as_text(answer, full, passages))
         if trace:
-            typer.echo(_trace_as_text(answer))
+            typer.echo(trace_as_text(answer))
     if trace_file is not None:
         from cacheblend_rag.diagnostics.timeline import write_timeline
 
         write_timeline({"answer": answer.stats} | ({} if full is None else {"full prefill": full.stats}), trace_file)
-
-
-def _messages(question: str, passages: Sequence[Passage]) -> list[dict[str, str]]:
-    # Passages first: the question reads them, and what a policy takes for the question is the end of the prompt.
-    content = "\n\n".join([*(passage.text for passage in passages), f"Question: {question}"])
-    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": content}]
-
-
-def _retrieve(engine: Engine, engine_name: str, store: Path, question: str, top_k: int) -> list[Passage]:
-    from cacheblend_rag.catalog import Catalog
-
-    with Catalog(store, engine.scope) as catalog:
-        if not catalog.sources():
-            what = _what_store_lacks(engine, engine_name, store) or f"store {store} holds no corpus to search"
-            namespace = engine.scope.namespace
-            how = f"cacheblend ingest DIR --model {engine.model_name} --store {store} --namespace {namespace}"
-            raise CacheBlendError(f"{what}; to ingest a corpus for this model: {how}")
-        passages = catalog.search(question, top_k)
-    if not passages:
-        raise CacheBlendError("no passage of the corpus shares a word with the question: ask it in other words")
-    return passages
-
-
-def _what_store_lacks(engine: Engine, engine_name: str, store: Path) -> str:
-    """Empty if the store holds chunks of the engine's scope, or none at all; otherwise a phrase that tells whose."""
-    from cacheblend_rag.store import open_store
-
-    if engine_name == "server":  # its chunks are elsewhere: only the catalogue is here
-        return ""
-    mine = engine.scope
-    with contextlib.closing(open_store(store, memory_bytes=0)) as opened:
-        held = {entry.scope for entry in opened.entries()}
-    if mine in held or not held:
-        return ""
-    others = sorted({_describe(scope, mine) for scope in held})
-    return f"store {store} holds no chunks of {_describe(mine, mine)}, only of {', '.join(others)}"
-
-
-def _describe(scope: ChunkScope, mine: ChunkScope) -> str:
-    model = scope.fingerprint
-    codec = "" if model.codec == "raw" else f", codec {model.codec}"
-    other_primer = ", another primer" if scope.primer_ids != mine.primer_ids else ""
-    return f"{model.name} ({model.dtype}{codec}, namespace {scope.namespace}{other_primer})"
 
 
 def _as_json(answer: Generation, full: Generation | None, passages: Sequence[Passage]) -> dict[str, Any]:
@@ -190,28 +143,6 @@ def _as_text(answer: Generation, full: Generation | None, passages: Sequence[Pas
     if passages:
         lines += ["", "passages"]
         lines += [f"  {_near(passage.source)} #{passage.position}  {passage.score:.2f}" for passage in passages]
-    return "\n".join(lines)
-
-
-def _trace_as_text(answer: Generation) -> str:
-    from cacheblend_rag.diagnostics.timeline import parts_of
-
-    stats, trace = answer.stats, answer.trace
-    lines = ["", "time to the first token"]
-    for part, seconds in parts_of(stats).items():
-        lines.append(f"  {part.replace('_', ' '):<12}{1000 * seconds:>10.1f} ms {seconds / stats.ttft:>6.1%}")
-    lines.append(f"  {'in all':<12}{1000 * stats.ttft:>10.1f} ms")
-    if trace is None:
-        return "\n".join([*lines, "", "recomputed", "  nothing was blended"])
-    scores = " to ".join(f"{score:.3g}" for score in trace.score_range)
-    matched = stats.reused_tokens + stats.recomputed_tokens
-    lines += ["", "recomputed", f"  {stats.recomputed_tokens:,} of {matched:,} matched tokens"]
-    lines[-1] += f" ({stats.recomputed_tokens / matched:.1%})" if matched else ""
-    lines[-1] += f" by {stats.policy}, scores {scores}" if scores else ""
-    for segment in answer.segments:
-        chosen = int(((trace.recomputed >= segment.start) & (trace.recomputed < segment.end)).sum())
-        where = f"{segment.start:,} to {segment.end - 1:,}"
-        lines.append(f"  {chosen:>6,} of {segment.length:,} at {where}, chunk {segment.key[:12]}")
     return "\n".join(lines)
 
 

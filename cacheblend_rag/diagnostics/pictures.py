@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,16 @@ def check_picture_name(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"the picture's name must end in {' or '.join(_SUFFIXES)}, not {os.fspath(path)!r}")
+
+
+def check_matplotlib() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib: pip install 'cacheblend-rag[plot]'")
 
 
 def new_figure(width: float, height: float) -> Figure:

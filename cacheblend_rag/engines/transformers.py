@@ -22,7 +22,7 @@ from cacheblend_rag.engines.grammar import GrammarCompiler, GrammarMatcher
 from cacheblend_rag.engines.model_files import render_chat, tokenize_chunk, tokenize_prompt
 from cacheblend_rag.engines.penalties import Penalties
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
-from cacheblend_rag.engines.transformers_reader import PromptReader
+from cacheblend_rag.engines.transformers_reader import KVDeviations, PromptReader
 from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.model_profile import read_question_layers
@@ -193,6 +193,22 @@ class TransformersEngine(Engine):
         self.counts[read.stats.decision] += 1
         return Scores(logits, token_ids, read.stats)
 
+    def deviations(self, prompt: Prompt) -> KVDeviations:
+        """Read a prompt by full prefill, and measure how far known chunks' KV is from that, in every layer.
+
+        To see what a policy should have chosen. It holds the prompt's KV twice.
+
+        Args:
+            prompt: Text or token ids.
+
+        Raises:
+            PromptTooLongError: the prompt does not fit the context.
+        """
+        ids = self._prompt_ids(prompt)
+        self._check_length(len(ids), 0)
+        with self._lock:
+            return self._reader.read_deviations(ids)
+
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""
         return sum(map(self.library.evict, self._encode_chunks(chunks)))
@@ -214,6 +230,10 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.render_chat`."""
         options = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
         return render_chat(self._loaded.tokenizer, self.model_name, messages, tools, add_generation_prompt, options)
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, special ones included, as it is read."""
+        return [int(token) for token in self._prompt_ids(prompt)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`Engine.decode`."""

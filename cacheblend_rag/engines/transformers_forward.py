@@ -11,7 +11,9 @@ import contextlib
 import time
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from cacheblend_rag.attention.rows import RowAttention, attend_and_watch
@@ -96,6 +98,24 @@ class PromptForward:
         logits = self._run(_Pass(self._kv, rows))
         self._extend_exact(rows)
         return logits
+
+    def squared_distances(self, other: PromptForward, positions: torch.Tensor) -> NDArray[np.float32]:
+        """How far KV at some positions is from that of the same prompt in another buffer.
+
+        Args:
+            other: The same prompt.
+            positions: int64 ``[rows]``.
+
+        Returns:
+            float32 ``[layers, 2, rows]``: squared L2 distances over all heads, of keys and of values.
+        """
+        rows = positions.to(self._kv.device)
+        found = [
+            [_squared_distances(mine[rows], theirs[rows]) for mine, theirs in zip(layer, of_other, strict=True)]
+            for layer, of_other in zip(self._kv, other._kv, strict=True)
+        ]
+        distances: NDArray[np.float32] = torch.stack([torch.stack(both) for both in found]).cpu().numpy()
+        return distances
 
     def decode(self, token_id: int) -> torch.Tensor:
         """Append a token and run it; returns the float32 logits ``[vocabulary]`` after it."""

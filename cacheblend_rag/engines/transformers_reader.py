@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cacheblend_rag.blending import blend
 from cacheblend_rag.chunks import ChunkKV, TokenIds
@@ -26,6 +27,25 @@ from cacheblend_rag.store.codecs import encode
 from cacheblend_rag.trace import BlendTrace
 
 logger = logging.getLogger(__name__)
+
+_WHATEVER_IT_TAKES = BlendConfig(mode="blend")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KVDeviations:
+    """How far the KV of known chunks, shifted to where they stand in a prompt, is from full prefill's.
+
+    Squared L2 distances over all heads. Nothing of it is known before full prefill: it is for looking into a prompt.
+
+    Attributes:
+        positions: int64 ``[matched]``, ascending: tokens of the prompt that known chunks cover.
+        keys: float32 ``[layers, matched]``.
+        values: Likewise; at a check layer what ``hkvd`` measures there, but behind the exact KV of all layers below.
+    """
+
+    positions: NDArray[np.int64]
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
 
 
 @dataclasses.dataclass
@@ -119,7 +139,34 @@ class PromptReader:
         stats = BlendStats(len(ids), missed_tokens=len(ids), reason=reason, recompute=time.perf_counter() - started)
         return ReadPrompt(forward, logits, stats)
 
+    @torch.inference_mode()
+    def read_deviations(self, ids: TokenIds) -> KVDeviations:
+        """Full prefill, and how far known chunks' shifted KV is from it; see :class:`KVDeviations`.
+
+        Args:
+            ids: int32 ``[tokens]``, at least one.
+        """
+        full = self._forward(ids, self._loaded.empty_kv(len(ids)))
+        full.recompute(torch.arange(len(ids)))
+        _, layout, cached = self._with_known_chunks(ids, len(ids), _WHATEVER_IT_TAKES)
+        distances = full.squared_distances(cached, layout.matched)
+        return KVDeviations(layout.matched.numpy(), distances[:, 0], distances[:, 1])
+
     def _blend(self, ids: TokenIds, total: int, config: BlendConfig, trace: bool) -> ReadPrompt:
+        stats, layout, forward = self._with_known_chunks(ids, total, config)
+        recorder = Recorder() if trace and layout.segments else None
+        result = blend(forward, layout, config, recorder)
+        stats.recomputed_tokens = len(result.recomputed)
+        stats.reused_tokens = len(layout.matched) - len(result.recomputed)
+        stats.policy = result.policy
+        stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
+        told = None if recorder is None else recorder.trace(layout, result.recomputed)
+        return ReadPrompt(forward, result.logits, stats, layout.prefix_segments + layout.segments, told)
+
+    def _with_known_chunks(
+        self, ids: TokenIds, total: int, config: BlendConfig
+    ) -> tuple[BlendStats, PromptLayout, PromptForward]:
+        """A prompt whose known chunks' KV is in place, as far as that is to be used."""
         stats = BlendStats(len(ids))
         unreadable: set[str] = set()
         while True:
@@ -141,18 +188,11 @@ class PromptReader:
             # As if these chunks were not warm: others may cover their tokens.
             unreadable |= lost
             self.counts["chunk_fault"] += len(lost)
-        recorder = Recorder() if trace and layout.segments else None
-        result = blend(forward, layout, config, recorder)
         stats.prefix_tokens = layout.prefix
-        stats.recomputed_tokens = len(result.recomputed)
-        stats.reused_tokens = len(layout.matched) - len(result.recomputed)
         stats.missed_tokens = len(layout.missed)
         stats.segments = len(layout.segments) + len(layout.prefix_segments)
-        stats.policy = result.policy
         stats.faults = len(unreadable)
-        stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
-        told = None if recorder is None else recorder.trace(layout, result.recomputed)
-        return ReadPrompt(forward, result.logits, stats, layout.prefix_segments + layout.segments, told)
+        return stats, layout, forward
 
     def _forward(self, ids: TokenIds, kv: torch.Tensor) -> PromptForward:
         return PromptForward(self._loaded.model, torch.from_numpy(ids.astype(np.int64)).to(kv.device), kv)

@@ -85,3 +85,23 @@ def test_nothing_is_told_where_nothing_is_blended(case: Case) -> None:
         assert (trace.deviations, trace.read) == ({}, None)
     with pytest.raises(ConfigError, match="trace must be True or False"):
         case.engine.generate("x", trace="yes")
+
+
+def test_deviations_are_what_the_check_layers_measure(case: Case) -> None:
+    """Behind a check layer stands exact KV, so that there both have to be the same."""
+    prompt = case.prompt(4)
+    found = case.engine.deviations(prompt)
+    layers = case.engine.num_layers
+    assert found.keys.shape == found.values.shape == (layers, len(found.positions))
+    assert np.isfinite(found.keys).all() and np.isfinite(found.values).all()  # whatever is poisoned is left out
+    assert found.values[0].max() < 1e-6 < found.values[1].max()  # nothing comes before the first layer
+    for policy, layer in (("hkvd", 1), ("hkvd_kv", 1), ("hkvd", layers - 1)):
+        blend = {"policy": policy, "check_layers": (layer,)}
+        trace = case.engine.generate(prompt, max_tokens=1, blend=blend, trace=True).trace
+        assert trace is not None
+        measured = trace.deviations[layer]
+        assert measured.positions.tolist() == found.positions.tolist()
+        expected = found.values[layer] + (found.keys[layer] if policy == "hkvd_kv" else 0)
+        assert np.allclose(measured.values, expected, rtol=1e-3, atol=1e-4 * expected.max())
+    cold = case.engine.deviations("Nothing of this is known.")
+    assert cold.values.shape == (layers, 0)
