@@ -180,6 +180,15 @@ def divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
     return float((expected.exp() * (expected - logits.double().log_softmax(-1))).sum())
 
 
+def render_question(engine: TransformersEngine, passages: Sequence[str], question: str) -> str:
+    """A prompt that asks a question about some passages, by the model's chat template if it has one."""
+    content = "\n\n".join([_INSTRUCTION, *passages, f"Question: {question}"])
+    try:
+        return engine.render_chat([{"role": "user", "content": content}])
+    except ConfigError:  # a model that was never taught to chat
+        return f"{content}\nAnswer:"
+
+
 class _NotBlendedError(Exception):
     """A prompt was read otherwise than it had to be."""
 
@@ -191,7 +200,7 @@ def _measure(
     engine.warm(passages)
     if not all(engine.is_warm(passages)):
         raise _NotBlendedError("its passages don't fit the store's memory together")
-    prompt = _render(engine, passages, question.text)
+    prompt = render_question(engine, passages, question.text)
     own = engine.generate(prompt, max_tokens=MAX_ANSWER_TOKENS, blend=_OFF).token_ids
     full = engine.score(prompt, [own, question.answer], blend=_OFF)
     expected = [logits.double().log_softmax(-1) for logits in full.logits]
@@ -204,14 +213,6 @@ def _measure(
         return sum(map(divergence, expected, scores.logits))
 
     return [kl(recompute_ratio=0.0), *(kl(recompute_ratio=ratio, question_layers=layers) for layers in ranges)]
-
-
-def _render(engine: TransformersEngine, passages: list[str], question: str) -> str:
-    content = "\n\n".join([_INSTRUCTION, *passages, f"Question: {question}"])
-    try:
-        return engine.render_chat([{"role": "user", "content": content}])
-    except ConfigError:  # a model that was never taught to chat
-        return f"{content}\nAnswer:"
 
 
 def _chance_of(wins: int, losses: int) -> float:

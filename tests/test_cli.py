@@ -659,3 +659,78 @@ def test_a_small_model_finds_the_answer(smollm2: str, corpus: Path, store: Path)
     assert answer["stats"]["decision"] == "blend"
     assert "Pallimore" in answer["answer"]
     assert "Pallimore" in answer["full_prefill"]["answer"]
+
+
+# doctor
+
+
+class TestDoctor:
+    """On a random model, whose answers depend on every bit: near enough is whatever is asked for."""
+
+    FINE = ("--max-kl", 100, "--count", 1)
+
+    @pytest.fixture
+    def ask(self, options: list[str]) -> list[Any]:
+        return ["doctor", *options, *self.FINE]
+
+    @pytest.mark.usefixtures("ingested")
+    def test_a_store_and_its_model(self, ask: list[Any], store: Path) -> None:
+        before = {path: path.read_bytes() for path in chunk_files(store)}
+        result = run(*ask, "--json")
+        found = json.loads(result.stdout)
+        checks = {check["name"]: check for check in found["checks"]}
+        wrong = [name for name, check in checks.items() if not check["ok"]]
+        assert set(wrong) <= {"the first token comes sooner", "reading beats prefill"}  # a model of a millisecond
+        assert result.exit_code == bool(wrong)
+        assert list(checks["model"]) == ["name", "ok", "figure", "advice"]
+        assert checks["chunks of this model"]["figure"] == f"{len(before)} of {len(before)}"
+        for name in ("ratio 1 is full prefill", "exact KV gives exact answers, ratio 0.15", "the question is found"):
+            assert checks[name]["ok"], checks[name]
+        assert [setting["name"] for setting in found["settings"]][:2] == ["query_aware 15%", "query_aware 5%"]
+        assert all(setting["kl_per_token"] > 0 for setting in found["settings"])
+        assert len(found["answers"]) == 1
+        assert before == {path: path.read_bytes() for path in chunk_files(store)}  # nothing is tried in it
+
+    def test_for_people(self, ask: list[Any], tmp_path: Path) -> None:
+        result = run("doctor", *ask[1:3], *self.FINE)
+        assert "sample text" in result.stderr
+        for part in ("cacheblend doctor", "versions", "query_aware 15%", "full prefill", "checks"):
+            assert part in result.stdout
+        nothing = tmp_path / "nothing"
+        nothing.mkdir()
+        result = run("doctor", *ask[1:3], "--store", nothing, *self.FINE, "--json")
+        assert result.exit_code == 1
+        (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
+        assert (check["ok"], check["figure"]) == (False, f"there is none at {nothing}")
+        assert check["advice"].startswith("cacheblend ingest DIR")
+
+    def test_a_store_of_another_model(self, ask: list[Any], models: list[str], ingested: None) -> None:
+        found = json.loads(run("doctor", "--model", models[1], *ask[3:], "--json").stdout)
+        (check,) = [one for one in found["checks"] if one["name"] == "chunks of this model"]
+        assert not check["ok"]
+        assert check["figure"].startswith("none of ")
+
+    @pytest.mark.usefixtures("ingested")
+    def test_prompts_of_ones_own(self, ask: list[Any], tmp_path: Path) -> None:
+        path = tmp_path / "prompts.jsonl"
+        asked = [{"prompt": " ".join(TOWNS.values()) + " Who is the mayor of Bessel?"}]
+        asked += [{"question": "Who is the mayor?", "passages": list(TOWNS.values())}]
+        path.write_text("\n".join(map(json.dumps, asked)))
+        found = json.loads(run(*ask, "--prompts", path, "--json").stdout)
+        assert len(found["answers"]) == 2
+        path.write_text(json.dumps({"prompt": "Nothing of this is known to anybody. " * 4}))
+        result = run(*ask, "--prompts", path, "--json")
+        assert result.exit_code == 1
+        last = json.loads(result.stdout)["checks"][-1]
+        assert (last["name"], last["ok"]) == ("known chunks are in the prompts", False)
+        for text, said in (("{", "line 1 is not JSON"), ("[]", 'there must be a "prompt"'), ("", "holds no prompts")):
+            path.write_text(text)
+            assert said in refused(*ask, "--prompts", path)
+
+    def test_a_model_that_can_not_be_blended(self, make_model: Callable[..., str], tmp_path: Path) -> None:
+        model = make_model("learned", model_type="gpt2", n_embd=64, n_head=4, n_layer=2)
+        result = run("doctor", "--model", model, "--json")
+        assert result.exit_code == 1
+        last = json.loads(result.stdout)["checks"][-1]
+        assert (last["name"], last["ok"]) == ("model", False)
+        assert "can't be blended" in last["figure"]

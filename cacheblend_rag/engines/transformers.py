@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -21,6 +22,7 @@ from cacheblend_rag.engines.decoding import Sampler, TextStream
 from cacheblend_rag.engines.grammar import GrammarCompiler, GrammarMatcher
 from cacheblend_rag.engines.model_files import render_chat, tokenize_chunk, tokenize_prompt
 from cacheblend_rag.engines.penalties import Penalties
+from cacheblend_rag.engines.transformers_exactness import Exactness, measure_exactness
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import KVDeviations, PromptReader
 from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
@@ -116,6 +118,18 @@ class TransformersEngine(Engine):
             store,
         )
 
+    def beside(self, store: ChunkStore) -> TransformersEngine:
+        """An engine of the same loaded model with another store, so that nothing is tried in the user's.
+
+        Closing it closes its store, and leaves this engine as it is.
+        """
+        other = copy.copy(self)
+        other._library = ChunkLibrary(store, self.scope)
+        other._prefetcher = Prefetcher(other._bring, batch=1)
+        other._prompts = PromptReader(self._loaded, other._library)
+        other.counts = other._reader.counts
+        return other
+
     @property
     def library(self) -> ChunkLibrary:
         """See the class."""
@@ -208,6 +222,23 @@ class TransformersEngine(Engine):
         self._check_length(len(ids), 0)
         with self._lock:
             return self._reader.read_deviations(ids)
+
+    def measure_exactness(self, prompt: Prompt, chunks: Sequence[str]) -> Exactness:
+        """Measure whether blending this model is exact where it has to be. The engine's store is left alone.
+
+        Args:
+            prompt: Text or token ids.
+            chunks: Texts that it holds.
+        """
+        ids, encoded = self._prompt_ids(prompt), self._encode_chunks(chunks)
+        self._check_length(len(ids), 0)
+        with self._lock:
+            return measure_exactness(self._loaded, self.scope, encoded, ids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._loaded.model.device
 
     def evict(self, chunks: Sequence[str]) -> int:
         """See :meth:`Engine.evict`."""

@@ -37,14 +37,18 @@ class PromptForward:
         token_ids: int64 ``[tokens]`` on the model's device. Tokens to generate may be appended later with
             :meth:`decode`.
         kv: Buffer ``[layers, 2, capacity, kv_heads, head_dim]`` with room for all tokens, keys at index 0, values at 1.
+        first_position: What RoPE is told of the first token.
     """
 
-    def __init__(self, model: PreTrainedModel, token_ids: torch.Tensor, kv: torch.Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, token_ids: torch.Tensor, kv: torch.Tensor, *, first_position: int = 0
+    ) -> None:
         self.num_layers = kv.shape[0]
         self.exact_tokens = 0
         self._model = model
         self._token_ids = token_ids
         self._kv = kv
+        self._first_position = first_position
 
     def now(self) -> float:
         """See :meth:`blending.BlendForward.now`."""
@@ -99,6 +103,10 @@ class PromptForward:
         self._extend_exact(rows)
         return logits
 
+    def keys(self) -> torch.Tensor:
+        """The keys of all layers, ``[layers, capacity, kv_heads, head_dim]``."""
+        return self._kv[:, 0]
+
     def squared_distances(self, other: PromptForward, positions: torch.Tensor) -> NDArray[np.float32]:
         """How far KV at some positions is from that of the same prompt in another buffer.
 
@@ -148,7 +156,7 @@ class PromptForward:
         rows = forward_pass.rows
         output = self._model(
             input_ids=self._token_ids[rows][None],
-            position_ids=rows[None],
+            position_ids=rows[None] + self._first_position,
             past_key_values=forward_pass,
             use_cache=True,
             logits_to_keep=count,

@@ -1,0 +1,154 @@
+"""Compares blending with full prefill on some prompts, for several settings: how near, how soon."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.profiling import divergence
+from cacheblend_rag.stats import PARTS, BlendStats
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engines.transformers import TransformersEngine
+
+_ANSWER_TOKENS = 16
+_OFF = {"mode": "off"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedPrompt:
+    """A prompt whose chunks are warm in its engine.
+
+    Attributes:
+        text: All of it.
+        engine: What knows its chunks.
+    """
+
+    text: str
+    engine: TransformersEngine
+
+
+@dataclasses.dataclass
+class SettingFigures:
+    """What one setting does, prompt by prompt.
+
+    Attributes:
+        blend: The setting, as the keyword ``blend`` of a call.
+        kl: KL divergence of the next token from full prefill's, nats a token, over full prefill's own answer.
+        agreement: Share of its tokens that are the most likely ones of both.
+        ttft: Seconds to the first token.
+        full_ttft: The same of full prefill.
+        stats: How each prompt was read.
+    """
+
+    blend: dict[str, Any]
+    kl: list[float] = dataclasses.field(default_factory=list)
+    agreement: list[float] = dataclasses.field(default_factory=list)
+    ttft: list[float] = dataclasses.field(default_factory=list)
+    full_ttft: list[float] = dataclasses.field(default_factory=list)
+    stats: list[BlendStats] = dataclasses.field(default_factory=list)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over the prompts: what a few bad ones do shows."""
+        return statistics.fmean(self.kl)
+
+    @property
+    def share(self) -> float:
+        """Time to the first token as a share of full prefill's, median over the prompts."""
+        return statistics.median(mine / full for mine, full in zip(self.ttft, self.full_ttft, strict=True))
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        checks = f", check layer {self.blend['check_layers'][0]}" if "check_layers" in self.blend else ""
+        return f"{self.blend['policy']} {self.blend['recompute_ratio']:.0%}{checks}"
+
+    def parts(self) -> dict[str, float]:
+        """Share of each part of the time to the first token, mean over the prompts."""
+        return {
+            part: statistics.fmean(getattr(one, part) / one.ttft for one in self.stats if one.ttft) for part in PARTS
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {
+            "name": self.name,
+            "blend": self.blend,
+            "kl_per_token": self.mean_kl,
+            "top1_agreement": statistics.fmean(self.agreement),
+            "ttft_share": self.share,
+            "parts": self.parts(),
+        }
+
+
+@dataclasses.dataclass
+class SweepResult:
+    """What was found.
+
+    Attributes:
+        settings: The default first.
+        answers: What full prefill and the default setting answer, prompt by prompt.
+    """
+
+    settings: list[SettingFigures]
+    answers: list[tuple[str, str]]
+
+    @property
+    def default(self) -> SettingFigures:
+        """The figures of what is set."""
+        return self.settings[0]
+
+    def cheapest(self, most_kl: float) -> SettingFigures | None:
+        """The setting whose first token comes soonest among those near enough, if there is one."""
+        near = [setting for setting in self.settings if setting.mean_kl <= most_kl]
+        return min(near, key=lambda setting: setting.share, default=None)
+
+
+def settings_to_try(default: BlendConfig, num_layers: int) -> list[dict[str, Any]]:
+    """What is set, other ratios and policies, and the check layers beside it."""
+    ratio = 0.15 if isinstance(default.recompute_ratio, str) else default.recompute_ratio
+    tried: list[dict[str, Any]] = [{"policy": default.policy, "recompute_ratio": ratio}]
+    tried += [{"policy": default.policy, "recompute_ratio": other} for other in (0.05, 0.15, 0.25, 0.5)]
+    tried += [{"policy": policy, "recompute_ratio": ratio} for policy in ("query_aware", "hkvd", "hybrid")]
+    tried += [
+        {"policy": "hkvd", "recompute_ratio": ratio, "check_layers": (layer,)} for layer in (0, 2) if layer < num_layers
+    ]
+    return [one for n, one in enumerate(tried) if one not in tried[:n]]
+
+
+def sweep(
+    prompts: Sequence[AskedPrompt], settings: Sequence[dict[str, Any]], progress: Callable[[int, int], None]
+) -> SweepResult:
+    """Read every prompt by full prefill and with every setting, in turn.
+
+    Args:
+        prompts: At least one; their engines are of one model.
+        settings: At least one, the default first.
+        progress: Called with (prompts done, prompts in all) after each.
+    """
+    found = SweepResult([SettingFigures(dict(setting)) for setting in settings], [])
+    for number, prompt in enumerate(prompts):
+        engine = prompt.engine
+        full = engine.generate(prompt.text, max_tokens=_ANSWER_TOKENS, blend=_OFF)
+        expected = engine.score(prompt.text, [full.token_ids], blend=_OFF).logits[0].double().log_softmax(-1)
+        for setting in found.settings:
+            blend = {"mode": "blend", **setting.blend}
+            logits = engine.score(prompt.text, [full.token_ids], blend=blend).logits[0]
+            setting.kl.append(divergence(expected, logits) / len(logits))
+            same = expected.argmax(-1) == logits.argmax(-1)
+            setting.agreement.append(float(same.double().mean()))
+            # Plain prefill again and again, right before: a machine's speed changes.
+            setting.full_ttft.append(engine.generate(prompt.text, max_tokens=1, blend=_OFF).stats.ttft)
+            answer = engine.generate(
+                prompt.text, max_tokens=_ANSWER_TOKENS if setting is found.default else 1, blend=blend
+            )
+            setting.ttft.append(answer.stats.ttft)
+            setting.stats.append(answer.stats)
+            if setting is found.default:
+                found.answers.append((full.text, answer.text))
+        progress(number + 1, len(prompts))
+    return found

@@ -1,0 +1,81 @@
+"""What the doctor concludes from figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from cacheblend_rag import BlendConfig
+from cacheblend_rag.diagnostics.checks import Check
+from cacheblend_rag.diagnostics.doctor import judge, verdict
+from cacheblend_rag.diagnostics.sweep import SettingFigures, SweepResult, settings_to_try
+from cacheblend_rag.stats import BlendStats
+
+READ = BlendStats(
+    2000, 0, 1500, 300, 200, segments=5, decision="blend", policy="query_aware", load=0.1, select=0.1, recompute=0.2,
+    ttft=0.45,
+)  # fmt: skip
+
+
+def figures(kl: float, share: float, ratio: float = 0.15, **read: Any) -> SettingFigures:
+    stats = [dataclasses.replace(READ, **read)] * 2
+    blend = {"policy": "query_aware", "recompute_ratio": ratio}
+    return SettingFigures(blend, [kl, kl], [0.9, 0.9], [share, share], [1.0, 1.0], stats)
+
+
+def failing(*settings: SettingFigures) -> dict[str, str]:
+    """The checks that fail, and their advice."""
+    checks = judge(SweepResult(list(settings), []), most_kl=0.1)
+    assert all(check.advice for check in checks if not check.ok)
+    assert not any(check.advice for check in checks if check.ok)
+    return {check.name: check.advice for check in checks if not check.ok}
+
+
+def test_all_is_well() -> None:
+    assert failing(figures(0.05, 0.4)) == {}
+
+
+def test_the_soonest_setting_that_is_near_enough_is_named() -> None:
+    others = [figures(0.09, 0.6, 0.3), figures(0.02, 0.9, 0.5), figures(0.3, 0.2, 0.05)]
+    assert failing(figures(0.2, 0.4), *others) == {
+        "answers are near full prefill's": "the soonest that is near enough: query_aware 30%"
+    }
+    assert "no setting tried is near enough" in failing(figures(0.2, 0.4))["answers are near full prefill's"]
+
+
+@pytest.mark.parametrize(
+    ("read", "advice"),
+    [
+        ({"prompt_tokens": 600}, "prompts under 1,000 tokens gain little"),
+        ({"load": 0.3}, "loading takes 67%: keep chunks in memory"),
+        ({"recompute": 0.3}, "recomputing takes 67%: lower recompute_ratio"),
+        ({"select": 0.15, "recompute": 0.1}, "select takes 33%: this model is too quick"),
+    ],
+)
+def test_why_the_first_token_is_late(read: dict[str, Any], advice: str) -> None:
+    (told,) = failing(figures(0.05, 1.2, **read)).values()
+    assert told.startswith(advice)
+
+
+def test_what_is_wrong_with_prompts() -> None:
+    assert list(failing(figures(0.05, 0.4, policy="hkvd"))) == ["the question is found"]
+    assert list(failing(figures(0.05, 0.4, segments=0))) == ["known chunks are in the prompts"]
+
+
+def test_a_verdict_names_what_fails_first() -> None:
+    fine, bad = Check("one", True, "1"), Check("two", False, "2", "do this")
+    assert verdict([fine, fine]) == "all 2 checks are fine"
+    assert verdict([fine, bad, bad]) == "2 of 3 checks failed: two: do this"
+
+
+def test_what_is_tried() -> None:
+    tried = settings_to_try(BlendConfig(), 30)
+    assert tried[0] == {"policy": "query_aware", "recompute_ratio": 0.15}
+    assert len({str(one) for one in tried}) == len(tried)
+    assert [one["check_layers"] for one in tried if "check_layers" in one] == [(0,), (2,)]
+    assert {one["recompute_ratio"] for one in tried} == {0.05, 0.15, 0.25, 0.5}
+    few = settings_to_try(BlendConfig(policy="hkvd", recompute_ratio="auto"), 2)
+    assert few[0] == {"policy": "hkvd", "recompute_ratio": 0.15}
+    assert [one["check_layers"] for one in few if "check_layers" in one] == [(0,)]
