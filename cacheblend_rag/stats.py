@@ -41,6 +41,7 @@ class BlendStats:
         recompute: Seconds for the forward pass over recomputed and missed tokens.
         first_token: Seconds from the last hidden state to the first token.
         ttft: Seconds from the call to the first token.
+        started: Unix time of the call; 0 where it isn't known.
     """
 
     prompt_tokens: int
@@ -59,6 +60,7 @@ class BlendStats:
     recompute: float = 0.0
     first_token: float = 0.0
     ttft: float = 0.0
+    started: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

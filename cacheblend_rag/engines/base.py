@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +26,17 @@ from cacheblend_rag.errors import (
     PromptTooLongError,
 )
 from cacheblend_rag.prefetching import Prefetcher
-from cacheblend_rag.stats import Generation, StreamPiece, WarmReport
+from cacheblend_rag.stats import BlendStats, Generation, StreamPiece, WarmReport
 
 if TYPE_CHECKING:
     from cacheblend_rag.chat.tool_format import ToolFormat
     from cacheblend_rag.chunks import ChunkScope, TokenIds
 
+logger = logging.getLogger(__name__)
+
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
+Observer = Callable[[BlendStats], None]
 
 
 class Engine(abc.ABC):
@@ -59,6 +63,7 @@ class Engine(abc.ABC):
     _closed: bool = False
     _question_layers: tuple[int, int] | None = None  # those of the model's profile
     _tool_format: ToolFormat | ConfigError | None = None
+    _observers: tuple[Observer, ...] = ()
     _at_once: ClassVar[int] = 32  # answers that coroutines wait for at a time; more wait in turn
 
     @abc.abstractmethod
@@ -120,6 +125,21 @@ class Engine(abc.ABC):
         Raises:
             StoreError: the store can't be written.
         """
+
+    def add_observer(self, observer: Observer) -> None:
+        """Have something called with the stats of every answer, such as ``PrometheusMetrics`` or ``Spans``.
+
+        It is called in the thread that reads the answer, once that is complete, and must be quick. What it raises is
+        logged; answers don't suffer from it.
+        """
+        self._observers = (*self._observers, observer)
+
+    def _observe(self, stats: BlendStats) -> None:
+        for observer in self._observers:
+            try:
+                observer(stats)
+            except Exception:
+                logger.exception("an observer of the engine failed")
 
     @abc.abstractmethod
     def _encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:

@@ -282,9 +282,10 @@ class ServerEngine(ConnectedEngine):
         ours = (told or {}).get(PARAMS_KEY)
         stats = wire.parse_stats(ours, answer.prompt_tokens)
         if answer.streamed:
-            stats.ttft = answer.ttft
+            stats.started, stats.ttft = answer.started, answer.ttft
         self.counts[stats.decision] += 1
         self.counts["chunk_fault"] += stats.faults
+        self._observe(stats)
         return Generation(
             text=answer.text,
             token_ids=answer.token_ids,
@@ -378,6 +379,7 @@ class _Answer:
         self.finish_reason: FinishReason = "length"
         self.prompt_tokens = 0
         self.ttft = 0.0
+        self.started = time.time()
         self._started = time.perf_counter()
 
     def add(self, response: Any) -> str:

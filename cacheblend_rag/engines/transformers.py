@@ -342,6 +342,7 @@ class TransformersEngine(Engine):
             prompt_read = self._reader.read_prompt(ids, total, config, trace=is_traced)
         stats = prompt_read.stats
         stats.match += tokenized - started
+        stats.started = time.time() - (time.perf_counter() - started)
         self.counts[stats.decision] += 1
         sampler = Sampler(params, self._loaded.model.device)
         end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
@@ -383,6 +384,7 @@ class TransformersEngine(Engine):
                 end += time.perf_counter() - handed_over
             with self._lock, torch.inference_mode():
                 logits = prompt_read.forward.decode(token)
+        self._observe(stats)
         piece += text.finish()
         yield StreamPiece(
             piece,

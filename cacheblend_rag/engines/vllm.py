@@ -215,8 +215,10 @@ class VllmEngine(ConnectedEngine):
         stats = wire.parse_stats(told, len(sent.prompt_ids))
         stats.match += sent.tokenized
         stats.ttft = ttft
+        stats.started = time.time() - (time.perf_counter() - sent.started)
         self.counts[stats.decision] += 1
         self.counts["chunk_fault"] += stats.faults
+        self._observe(stats)
         yield StreamPiece(
             last,
             Generation(

@@ -617,7 +617,8 @@ class SchedulerHalf:
             self._salts.renew()
             self.metrics.count("blend_faults")
         if answered:
-            stats.ttft = first_token_at - plan.request.arrival_time
+            stats.started = plan.request.arrival_time
+            stats.ttft = first_token_at - stats.started
             self.metrics.observe(stats)
         return stats
 

@@ -1,11 +1,14 @@
-"""A line for each prompt, for debugging."""
+"""A line for each prompt, for debugging, and what observers see."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 
 import pytest
+
+from cacheblend_rag.stats import BlendStats
 
 from .conftest import Case
 
@@ -24,6 +27,19 @@ def test_a_line_for_each_prompt(case: Case, caplog: pytest.LogCaptureFixture) ->
     low, high = map(float, re.search(r"by query_aware, scores (\S+) to (\S+),", lines[0]).groups())  # type: ignore[union-attr]
     assert 0 < low < high
     assert ": prefill (mode is off): 0 of 0 matched tokens recomputed, " in lines[1]
+
+
+def test_observers_see_every_answer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case.engine, "_observers", ())
+    seen: list[BlendStats] = []
+    before = time.time() - 0.01
+    case.engine.add_observer(seen.append)
+    answers = case.engine.generate([case.prompt(93), case.prompt(94)], max_tokens=2)
+    *_, last = case.engine.stream(case.prompt(95), max_tokens=2)
+    assert last.generation is not None
+    assert seen == [*(answer.stats for answer in answers), last.generation.stats]
+    assert seen[0].ttft > 0
+    assert before <= seen[0].started < seen[0].started + seen[0].ttft < time.time()
 
 
 def test_nothing_is_measured_for_a_log_that_nobody_keeps(case: Case, caplog: pytest.LogCaptureFixture) -> None:

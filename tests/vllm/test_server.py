@@ -26,6 +26,7 @@ from cacheblend_rag.engines.model_files import load_tokenizer, render_chat
 from cacheblend_rag.engines.server import ServerEngine
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.errors import ChunkTooLongError
+from cacheblend_rag.stats import BlendStats
 
 from .conftest import BLEND, PRIMER, Case, Engines, random_text
 from .servers import BARE, SERVE, free_port, serving, transfer_config
@@ -393,7 +394,10 @@ def test_what_breaks_off_is_an_error_and_no_short_answer(engine: ServerEngine, m
 
 def test_what_a_blend_chose_is_told(engine: ServerEngine) -> None:
     """In the response, or where that has no place for it, when it is asked for."""
+    seen: list[BlendStats] = []
+    engine.add_observer(seen.append)
     whole = engine.generate(prompt(7), max_tokens=9, trace=True)
+    assert seen == [whole.stats]
     assert whole.trace is not None
     assert len(whole.trace.recomputed) == whole.stats.recomputed_tokens > 20
     assert whole.trace.read is not None

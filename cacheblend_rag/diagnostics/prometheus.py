@@ -1,0 +1,85 @@
+"""Metrics of an engine for Prometheus; needs the extra ``metrics``.
+
+    from cacheblend_rag.diagnostics.prometheus import PrometheusMetrics
+
+    engine.add_observer(PrometheusMetrics(engine))
+
+A vLLM server with the connector has its own, ``vllm:cacheblend_*``, in vLLM's ``/metrics``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+from cacheblend_rag.stats import PARTS, BlendStats
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engines.base import Engine
+
+_LABELS = ("model", "namespace")
+_SOURCES = ("prefix", "reused", "recomputed", "missed")
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
+
+
+class PrometheusMetrics:
+    """Observes one engine; several engines of one process need registries of their own.
+
+    Args:
+        engine: Names the labels ``model`` and ``namespace``.
+        registry: Where the metrics are.
+    """
+
+    def __init__(self, engine: Engine, registry: CollectorRegistry = REGISTRY) -> None:
+        self._values = (engine.model_name, engine.scope.namespace)
+        self._requests = Counter(
+            "cacheblend_requests", "Requests by how their prompts were read", (*_LABELS, "decision"), registry=registry
+        )
+        self._tokens = Counter(
+            "cacheblend_prompt_tokens",
+            "Prompt tokens by where their KV came from",
+            (*_LABELS, "source"),
+            registry=registry,
+        )
+        self._faults = Counter(
+            "cacheblend_chunk_faults", "Matched chunks that could not be read", _LABELS, registry=registry
+        )
+        self._ttft = Histogram(
+            "cacheblend_ttft_seconds",
+            "Time to first token by how the prompt was read",
+            (*_LABELS, "decision"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._parts = {
+            part: Histogram(
+                f"cacheblend_{part}_seconds",
+                f"Time to {part}, of a blend",
+                _LABELS,
+                buckets=_SECONDS,
+                registry=registry,
+            )
+            for part in PARTS
+        }
+        self._share = Histogram(
+            "cacheblend_recomputed_ratio",
+            "Share of a blend's matched tokens that was recomputed",
+            _LABELS,
+            buckets=_SHARES,
+            registry=registry,
+        )
+
+    def __call__(self, stats: BlendStats) -> None:
+        """Count a prompt that was read."""
+        self._requests.labels(*self._values, stats.decision).inc()
+        for source in _SOURCES:
+            self._tokens.labels(*self._values, source).inc(getattr(stats, f"{source}_tokens"))
+        self._faults.labels(*self._values).inc(stats.faults)
+        self._ttft.labels(*self._values, stats.decision).observe(stats.ttft)
+        matched = stats.reused_tokens + stats.recomputed_tokens
+        if stats.decision == "blend" and matched:
+            self._share.labels(*self._values).observe(stats.recomputed_tokens / matched)
+            for part, histogram in self._parts.items():
+                histogram.labels(*self._values).observe(getattr(stats, part))

@@ -1,0 +1,50 @@
+"""OpenTelemetry spans of how prompts were read; needs the extra ``tracing``.
+
+from cacheblend_rag.diagnostics.spans import Spans
+
+engine.add_observer(Spans(engine))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+
+from cacheblend_rag.diagnostics.timeline import parts_of
+from cacheblend_rag.stats import BlendStats
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engines.base import Engine
+
+_NANO = 1e9
+
+
+class Spans:
+    """Observes one engine: a span ``cacheblend.ttft`` for each prompt, and one inside it for each part of its time.
+
+    They are made once the answer is complete, with the times that were measured, and belong to the span that is current
+    then in the thread that reads the answer.
+
+    Args:
+        engine: Names the attributes ``cacheblend.model`` and ``cacheblend.namespace``.
+        tracer_provider: None: the global one.
+    """
+
+    def __init__(self, engine: Engine, tracer_provider: trace.TracerProvider | None = None) -> None:
+        self._tracer = trace.get_tracer("cacheblend_rag", tracer_provider=tracer_provider)
+        self._common = {"cacheblend.model": engine.model_name, "cacheblend.namespace": engine.scope.namespace}
+
+    def __call__(self, stats: BlendStats) -> None:
+        """Make the spans of a prompt that was read."""
+        begin = int(stats.started * _NANO)
+        figures = {f"cacheblend.{name}": value for name, value in stats.to_dict().items()}
+        whole = self._tracer.start_span("cacheblend.ttft", start_time=begin, attributes={**self._common, **figures})
+        inside = trace.set_span_in_context(whole)
+        at = begin
+        for part, seconds in parts_of(stats).items():
+            until = at + int(seconds * _NANO)
+            if seconds > 0:
+                self._tracer.start_span(f"cacheblend.{part}", context=inside, start_time=at).end(until)
+            at = until
+        whole.end(begin + int(stats.ttft * _NANO))
