@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,10 +47,13 @@ class BlendTrace:
 
     @property
     def score_range(self) -> tuple[float, ...]:
-        """Of what was measured last, the lowest and the highest of the recomputed tokens; empty if nothing was."""
+        """What the policy sorted by, the lowest and the highest of the recomputed tokens.
+
+        Empty if nothing was measured, and where it sorted by a product of both, as ``hybrid`` does.
+        """
         last = self.read
-        if last is None and self.deviations:
-            last = self.deviations[max(self.deviations)]
+        if self.deviations:
+            last = self.deviations[max(self.deviations)] if last is None else None
         scores = np.empty(0) if last is None else last.at(self.recomputed)
         return (float(scores.min()), float(scores.max())) if len(scores) else ()
 
@@ -57,7 +61,8 @@ class BlendTrace:
         """As plain values, for JSON."""
 
         def plain(measured: Measured) -> dict[str, Any]:
-            return {"positions": measured.positions.tolist(), "values": measured.values.tolist()}
+            values = [value if math.isfinite(value) else None for value in measured.values.tolist()]  # as JSON has it
+            return {"positions": measured.positions.tolist(), "values": values}
 
         return {
             "recomputed": self.recomputed.tolist(),
@@ -67,7 +72,7 @@ class BlendTrace:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> BlendTrace:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`; what was not finite is NaN."""
 
         def measured(values: Mapping[str, Any]) -> Measured:
             return Measured(np.array(values["positions"], np.int64), np.array(values["values"], np.float32))

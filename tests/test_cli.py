@@ -687,6 +687,7 @@ class TestDoctor:
         for name in ("ratio 1 is full prefill", "exact KV gives exact answers, ratio 0.15", "the question is found"):
             assert checks[name]["ok"], checks[name]
         assert [setting["name"] for setting in found["settings"]][:2] == ["query_aware 15%", "query_aware 5%"]
+        assert "soonest and near enough: " in found["verdict"]
         assert all(setting["kl_per_token"] > 0 for setting in found["settings"])
         assert len(found["answers"]) == 1
         assert before == {path: path.read_bytes() for path in chunk_files(store)}  # nothing is tried in it
@@ -703,6 +704,10 @@ class TestDoctor:
         (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
         assert (check["ok"], check["figure"]) == (False, f"there is none at {nothing}")
         assert check["advice"].startswith("cacheblend ingest DIR")
+        (nothing / "chunks").write_text("no directory")
+        result = run("doctor", *ask[1:3], "--store", nothing, *self.FINE, "--json")
+        (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
+        assert not check["ok"]
 
     def test_a_store_of_another_model(self, ask: list[Any], models: list[str], ingested: None) -> None:
         found = json.loads(run("doctor", "--model", models[1], *ask[3:], "--json").stdout)
@@ -723,9 +728,14 @@ class TestDoctor:
         assert result.exit_code == 1
         last = json.loads(result.stdout)["checks"][-1]
         assert (last["name"], last["ok"]) == ("known chunks are in the prompts", False)
-        for text, said in (("{", "line 1 is not JSON"), ("[]", 'there must be a "prompt"'), ("", "holds no prompts")):
-            path.write_text(text)
-            assert said in refused(*ask, "--prompts", path)
+        for text, said in (
+            (b"{", "line 1 is not JSON"),
+            (b"[]", 'there must be a "prompt"'),
+            (b"", "holds no prompts"),
+            (b"\xff", "is not UTF-8 text"),
+        ):
+            path.write_bytes(text)
+            assert said in refused("doctor", "--model", "not loaded", "--prompts", path)
 
     def test_a_model_that_can_not_be_blended(self, make_model: Callable[..., str], tmp_path: Path) -> None:
         model = make_model("learned", model_type="gpt2", n_embd=64, n_head=4, n_layer=2)

@@ -62,12 +62,14 @@ def test_why_the_first_token_is_late(read: dict[str, Any], advice: str) -> None:
 def test_what_is_wrong_with_prompts() -> None:
     assert list(failing(figures(0.05, 0.4, policy="hkvd"))) == ["the question is found"]
     assert list(failing(figures(0.05, 0.4, segments=0))) == ["known chunks are in the prompts"]
+    assert failing(figures(0.05, 0.4, policy="")) == {}  # there was nothing to choose
 
 
 def test_a_verdict_names_what_fails_first() -> None:
     fine, bad = Check("one", True, "1"), Check("two", False, "2", "do this")
-    assert verdict([fine, fine]) == "all 2 checks are fine"
-    assert verdict([fine, bad, bad]) == "2 of 3 checks failed: two: do this"
+    assert verdict([fine, fine], None) == "all 2 checks are fine"
+    assert verdict([fine, bad, bad], None) == "2 of 3 checks failed: two: do this"
+    assert verdict([fine], figures(0.05, 0.4)) == "all 1 checks are fine; soonest and near enough: query_aware 15%"
 
 
 def test_what_is_tried() -> None:
@@ -77,5 +79,6 @@ def test_what_is_tried() -> None:
     assert [one["check_layers"] for one in tried if "check_layers" in one] == [(0,), (2,)]
     assert {one["recompute_ratio"] for one in tried} == {0.05, 0.15, 0.25, 0.5}
     few = settings_to_try(BlendConfig(policy="hkvd", recompute_ratio="auto"), 2)
-    assert few[0] == {"policy": "hkvd", "recompute_ratio": 0.15}
+    assert few[0] == {"policy": "hkvd", "recompute_ratio": "auto"}
+    assert SettingFigures(few[0]).name == "hkvd auto"
     assert [one["check_layers"] for one in few if "check_layers" in one] == [(0,)]

@@ -39,10 +39,19 @@ def test_as_json_and_back(trace: BlendTrace) -> None:
         assert mine.values.tolist() == theirs.values.tolist()
 
 
+def test_what_is_not_finite_is_json_all_the_same() -> None:
+    odd = BlendTrace(np.arange(2), {}, Measured(np.arange(3), np.array([np.nan, 1, np.inf], np.float32)))
+    text = json.dumps(odd.to_dict(), allow_nan=False)
+    again = BlendTrace.from_dict(json.loads(text)).read
+    assert again is not None
+    assert np.isfinite(again.values).tolist() == [False, True, False]
+
+
 def test_the_range_of_what_was_chosen() -> None:
     early, late = (Measured(np.arange(2, 8), np.arange(6, dtype=np.float32) + add) for add in (0, 10))
     chosen = np.array([0, 3, 7])  # the first one was not measured
     assert BlendTrace(chosen, {4: late, 1: early}, None).score_range == (11, 15)
-    assert BlendTrace(chosen, {1: early}, late).score_range == (11, 15)
+    assert BlendTrace(chosen, {}, late).score_range == (11, 15)
+    assert BlendTrace(chosen, {1: early}, late).score_range == ()  # it went by neither alone
     assert BlendTrace(chosen, {}, None).score_range == ()
     assert BlendTrace(chosen[:1], {1: early}, None).score_range == ()

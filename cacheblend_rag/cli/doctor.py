@@ -10,10 +10,11 @@ import typer
 
 from cacheblend_rag.cli import engine as options
 from cacheblend_rag.cli.console import count_progress, print_json, print_note, working
-from cacheblend_rag.errors import UnsupportedModelError
+from cacheblend_rag.errors import ChunkTooLongError, PromptTooLongError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from cacheblend_rag.diagnostics.checks import Check
+    from cacheblend_rag.diagnostics.prompts import UserPrompt
     from cacheblend_rag.diagnostics.sweep import AskedPrompt, SweepResult
     from cacheblend_rag.engines.transformers import TransformersEngine
 
@@ -22,7 +23,13 @@ def doctor(
     model: options.Model,
     store: Annotated[
         Path | None,
-        typer.Option("--store", "-s", metavar="DIR", help="Chunk store to check, and to make prompts from."),
+        typer.Option(
+            "--store",
+            "-s",
+            metavar="DIR",
+            parser=options.directory,
+            help="Chunk store to check, and to make prompts from.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -49,18 +56,28 @@ def doctor(
     The model runs in this process. Ends with 1 if a check fails.
     """
     from cacheblend_rag import BlendConfig
-    from cacheblend_rag.diagnostics.checks import Check, check_model, check_store, check_versions
+    from cacheblend_rag.diagnostics.checks import (
+        Check,
+        cannot_be_opened,
+        check_model,
+        check_store,
+        check_versions,
+    )
     from cacheblend_rag.diagnostics.doctor import judge, verdict
+    from cacheblend_rag.diagnostics.prompts import read_prompts
 
     blend = BlendConfig(recompute_ratio=ratio, policy=policy)
+    own = None if prompts is None else read_prompts(prompts)  # what is wrong with it is told before anything is loaded
     checks = [check_versions()]
     found: SweepResult | None = None
+    unreadable = cannot_be_opened(store)
+    usable = store if unreadable is None else None
     with contextlib.ExitStack() as stack:
         try:
             loaded = stack.enter_context(
                 options.open_engine(
                     model,
-                    store if store is not None and store.is_dir() and any(store.iterdir()) else None,
+                    usable,
                     engine="transformers",
                     base_url=None,
                     namespace=namespace,
@@ -80,10 +97,14 @@ def doctor(
             checks.append(check_model(loaded))
             with working("checking the model"):
                 checks += _check_exactness(loaded)
-                checks += check_store(store, loaded)
-            found = _sweep(loaded, stack, store, prompts, count)
-            checks += judge(found, most_kl=max_kl)
-    said = verdict(checks)
+                checks += [unreadable] if unreadable else check_store(store, loaded)
+            try:
+                found = _sweep(loaded, stack, usable, own, count)
+            except (ChunkTooLongError, PromptTooLongError) as error:
+                checks.append(Check("prompts", False, str(error), "shorter ones, or fewer passages in each"))
+            else:
+                checks += judge(found, most_kl=max_kl)
+    said = verdict(checks, None if found is None else found.cheapest(max_kl))
     if json:
         print_json(
             {
@@ -102,25 +123,28 @@ def doctor(
 
 def _check_exactness(engine: TransformersEngine) -> list[Check]:
     from cacheblend_rag.diagnostics.checks import check_exactness
-    from cacheblend_rag.profiling import render_question
+    from cacheblend_rag.diagnostics.prompts import fitting
     from cacheblend_rag.profiling_data import passages_of, read_questions
 
     questions = read_questions()
-    passages = passages_of(questions, 0)
-    return check_exactness(engine, render_question(engine, passages, questions[0].text), passages)
+    return check_exactness(engine, *fitting(engine, passages_of(questions, 0), questions[0].text))
 
 
 def _sweep(
-    engine: TransformersEngine, stack: contextlib.ExitStack, store: Path | None, prompts: Path | None, count: int
+    engine: TransformersEngine,
+    stack: contextlib.ExitStack,
+    store: Path | None,
+    prompts: list[UserPrompt] | None,
+    count: int,
 ) -> SweepResult:
-    from cacheblend_rag.diagnostics.prompts import prompts_of_store, read_prompts, sample_prompts
+    from cacheblend_rag.diagnostics.prompts import asked_prompts, prompts_of_store, sample_prompts
     from cacheblend_rag.diagnostics.sweep import settings_to_try, sweep
     from cacheblend_rag.store import open_store
 
     beside = stack.enter_context(engine.beside(open_store(None)))
     asked: list[AskedPrompt] = []
     if prompts is not None:
-        asked = read_prompts(prompts, engine, beside)
+        asked = asked_prompts(prompts, engine, beside)
     elif store is not None and engine.stored_keys():
         asked = prompts_of_store(engine, store, count)
     if not asked:
@@ -134,7 +158,7 @@ def _print(checks: list[Check], found: SweepResult | None, max_kl: float) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # answers may hold anything
     table = Table("", "check", "figure", "advice", title="cacheblend doctor")
     for check in checks:
         table.add_row("ok" if check.ok else "FAILS", check.name, check.figure, check.advice)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from cacheblend_rag.engines.base import Engine
 
 
-def _directory(text: str) -> Path:
+def directory(text: str) -> Path:
+    """What an option that names a directory holds."""
     if "://" in text:
         raise typer.BadParameter(f"{text} is a URL: give a directory")
     return Path(text).expanduser()
@@ -32,7 +33,7 @@ def _ratio(text: str) -> float | str:
 
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model directory or hub id.")]
-Store = Annotated[Path, typer.Option("--store", "-s", metavar="DIR", parser=_directory, help="Chunk store.")]
+Store = Annotated[Path, typer.Option("--store", "-s", metavar="DIR", parser=directory, help="Chunk store.")]
 EngineName = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="What runs the model: transformers, vllm, or server.")
 ]

@@ -13,12 +13,15 @@ def trace_as_text(answer: Generation) -> str:
     from cacheblend_rag.diagnostics.timeline import parts_of
 
     stats, trace = answer.stats, answer.trace
+    if not stats.ttft:
+        return f"\n{stats.reason}"
     lines = ["", "time to the first token"]
     for part, seconds in parts_of(stats).items():
         lines.append(f"  {part.replace('_', ' '):<12}{1000 * seconds:>10.1f} ms {seconds / stats.ttft:>6.1%}")
     lines.append(f"  {'in all':<12}{1000 * stats.ttft:>10.1f} ms")
     if trace is None:
-        return "\n".join([*lines, "", "recomputed", "  nothing was blended"])
+        why = "the engine told nothing" if stats.decision == "blend" else "nothing was blended"
+        return "\n".join([*lines, "", "recomputed", f"  {why}"])
     scores = " to ".join(f"{score:.3g}" for score in trace.score_range)
     matched = stats.reused_tokens + stats.recomputed_tokens
     lines += ["", "recomputed", f"  {stats.recomputed_tokens:,} of {matched:,} matched tokens"]

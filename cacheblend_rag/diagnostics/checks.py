@@ -73,6 +73,9 @@ def check_exactness(engine: TransformersEngine, prompt: str, chunks: Sequence[st
         chunks: Texts that it holds.
     """
     found = engine.measure_exactness(prompt, chunks)
+    if np.isnan(found.everything):
+        figure = "not measured: the sample prompt is longer than what this model blends"
+        return [Check("blending is exact", True, figure)]
     most = max(_EXACT, 2 * found.rounding)
     bound = f"at most {most:.1e}: reading the prompt in two pieces changes {found.rounding:.1e}"
     checks = [
@@ -93,18 +96,27 @@ def _exact(name: str, ok: bool, figure: str) -> Check:
     return Check(name, ok, figure, "" if ok else "this model is not blended exactly: please report it, with this table")
 
 
+def cannot_be_opened(store: Path | None) -> Check | None:
+    """The check that fails if there is no such store, or it can't be opened; None if it can, or none is asked for."""
+    if store is None:
+        return None
+    if not store.is_dir() or not any(store.iterdir()):
+        return Check(
+            "store", False, f"there is none at {store}", f"cacheblend ingest DIR --model MODEL --store {store}"
+        )
+    try:
+        open_store(store, memory_bytes=0).close()
+    except CacheBlendError as error:
+        return Check("store", False, str(error), f"cacheblend store verify --store {store}")
+    return None
+
+
 def check_store(store: Path | None, engine: TransformersEngine) -> list[Check]:
-    """Whether the store can be read, holds chunks of this model, and gives them sooner than they are computed."""
+    """Whether a store that can be opened holds chunks of this model, and gives them sooner than they are computed."""
     if store is None:
         return []
-    if not store.is_dir() or not any(store.iterdir()):
-        advice = f"cacheblend ingest DIR --model {engine.model_name} --store {store}"
-        return [Check("store", False, f"there is none at {store}", advice)]
-    try:
-        with contextlib.closing(open_store(store, memory_bytes=0)) as opened:
-            return _check_opened(opened, engine)
-    except CacheBlendError as error:
-        return [Check("store", False, str(error), f"cacheblend store verify --store {store}")]
+    with contextlib.closing(open_store(store, memory_bytes=0)) as opened:
+        return _check_opened(opened, engine)
 
 
 def _check_opened(opened: ChunkStore, engine: TransformersEngine) -> list[Check]:
@@ -112,7 +124,7 @@ def _check_opened(opened: ChunkStore, engine: TransformersEngine) -> list[Check]
     mine = [entry for entry in entries if entry.scope == engine.scope]
     checks = [Check("store", True, f"{len(entries):,} chunks, {sum(entry.nbytes for entry in entries):,} bytes")]
     if not mine:
-        advice = "ingest with this model, dtype, codec, primer and namespace: cacheblend store ls shows what is there"
+        advice = "ingest with this model, dtype, codec, primer and namespace"
         return [*checks, Check("chunks of this model", False, f"none of {len(entries):,}", advice)]
     started, tokens, nbytes, lost = time.perf_counter(), 0, 0, 0
     for entry in mine[:_READ]:
@@ -135,4 +147,4 @@ def prefill_rate(engine: TransformersEngine) -> float:
     """Tokens a second of plain prefill."""
     ids = [token % 100 for token in range(min(_PREFILLED, engine.context_window - 1))]
     engine.generate(ids[:8], max_tokens=1, blend=_OFF)  # what is set up once, on first use
-    return len(ids) / engine.generate(ids, max_tokens=1, blend=_OFF).stats.recompute
+    return len(ids) / engine.generate(ids, max_tokens=1, blend=_OFF).stats.ttft

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cacheblend_rag.diagnostics.checks import Check
 
 if TYPE_CHECKING:
-    from cacheblend_rag.diagnostics.sweep import SweepResult
+    from cacheblend_rag.diagnostics.sweep import SettingFigures, SweepResult
 
 _SHORT = 1000  # tokens of a prompt: so few are prefilled about as soon
 _MOST = 0.4  # of the time to the first token: a part that takes more is what to look at
@@ -36,13 +36,13 @@ def judge(found: SweepResult, *, most_kl: float) -> list[Check]:
     ]
     if not all(one.segments for one in stats):
         return checks
-    policies = sorted({one.policy or "none" for one in stats})
-    falls_back = default.blend["policy"] in ("query_aware", "hybrid") and policies != [default.blend["policy"]]
+    policies = sorted({one.policy for one in stats} - {""})  # none chose where there was nothing to choose
+    falls_back = default.blend["policy"] in ("query_aware", "hybrid") and "hkvd" in policies
     checks.append(
         Check(
             "the question is found",
             not falls_back,
-            f"chosen by {', '.join(policies)}",
+            f"chosen by {', '.join(policies) or 'the ratio'}",
             "let the question follow the passages, with at least 8 tokens" if falls_back else "",
         )
     )
@@ -65,7 +65,7 @@ def _why_late(found: SweepResult) -> str:
     default = found.default
     parts = default.parts()
     if statistics.median(one.prompt_tokens for one in default.stats) < _SHORT:
-        return f'prompts under {_SHORT:,} tokens gain little: mode="auto" prefills them'
+        return f"prompts under {_SHORT:,} tokens gain little"
     if parts["load"] > _MOST:
         return f"loading takes {parts['load']:.0%}: keep chunks in memory (memory_bytes), in fewer bytes (codec fp8)"
     if parts["recompute"] > _MOST:
@@ -74,9 +74,16 @@ def _why_late(found: SweepResult) -> str:
     return f'{slowest} takes {parts[slowest]:.0%}: this model is too quick for blending here, mode="auto" prefills'
 
 
-def verdict(checks: Sequence[Check]) -> str:
-    """All of it in one line."""
+def verdict(checks: Sequence[Check], cheapest: SettingFigures | None) -> str:
+    """All of it in one line.
+
+    Args:
+        checks: All of them.
+        cheapest: The setting to be used; None: nothing was measured, or none is near enough.
+    """
+    best = "" if cheapest is None else f"; soonest and near enough: {cheapest.name}"
     failed = [check for check in checks if not check.ok]
     if not failed:
-        return f"all {len(checks)} checks are fine"
-    return f"{len(failed)} of {len(checks)} checks failed: {failed[0].name}: {failed[0].advice or failed[0].figure}"
+        return f"all {len(checks)} checks are fine{best}"
+    first = failed[0]
+    return f"{len(failed)} of {len(checks)} checks failed: {first.name}: {first.advice or first.figure}{best}"

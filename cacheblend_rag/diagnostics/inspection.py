@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from cacheblend_rag.stats import Generation
 
 
+SILENT = 1e-6
+"""Of the largest mean distance of a layer: a layer with no more deviates by rounding."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inspection:
     """What is drawn.
@@ -47,7 +51,7 @@ class Inspection:
         """
         distances = np.sqrt(self.deviations.astype(np.float64))
         means = distances.mean(axis=1, keepdims=True)
-        counted = means[:, 0] > 1e-6 * means.max(initial=0)
+        counted = means[:, 0] > SILENT * means.max(initial=0)
         if not counted.any():
             return np.zeros(distances.shape[1])
         result: NDArray[np.float64] = (distances[counted] / means[counted]).mean(axis=0)
@@ -80,7 +84,7 @@ def inspect_prompt(engine: TransformersEngine, prompt: str, *, max_tokens: int) 
     return Inspection(
         model=engine.model_name,
         answer=answer,
-        pieces=[engine.decode([token]) for token in engine.token_ids(prompt)],
+        pieces=engine.pieces(prompt),
         positions=found.positions,
         deviations=found.values,
         is_recomputed=np.isin(found.positions, trace.recomputed),

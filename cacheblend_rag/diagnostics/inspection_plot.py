@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cacheblend_rag.diagnostics.inspection import SILENT
 from cacheblend_rag.diagnostics.pictures import FAINT, GRID, INK, check_picture_name, new_figure
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _draw_histogram(axes: Axes, inspection: Inspection) -> None:
 
 def _draw_map(axes: Axes, inspection: Inspection, edges: np.ndarray[Any, Any]) -> None:
     distances = np.sqrt(inspection.deviations)
-    means = np.maximum(distances.mean(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    means = distances.mean(axis=1, keepdims=True)
+    means[means <= SILENT * means.max(initial=0)] = np.inf  # rounding is no deviation
     by_column = np.maximum.reduceat(distances / means, edges[:-1], axis=1)
     axes.imshow(by_column, aspect="auto", origin="lower", cmap="OrRd", vmin=0, vmax=3, interpolation="nearest")
     axes.set_ylabel("layer", color=INK, fontsize=9)

@@ -77,7 +77,8 @@ class PrometheusMetrics:
         for source in _SOURCES:
             self._tokens.labels(*self._values, source).inc(getattr(stats, f"{source}_tokens"))
         self._faults.labels(*self._values).inc(stats.faults)
-        self._ttft.labels(*self._values, stats.decision).observe(stats.ttft)
+        if stats.ttft:  # or it is lost
+            self._ttft.labels(*self._values, stats.decision).observe(stats.ttft)
         matched = stats.reused_tokens + stats.recomputed_tokens
         if stats.decision == "blend" and matched:
             self._share.labels(*self._values).observe(stats.recomputed_tokens / matched)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from cacheblend_rag.catalog import Catalog
-from cacheblend_rag.diagnostics.sweep import AskedPrompt
+from cacheblend_rag.catalog import FILE_NAME, Catalog
+from cacheblend_rag.diagnostics.sweep import ANSWER_TOKENS, AskedPrompt
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.profiling import render_question
 from cacheblend_rag.profiling_data import passages_of, read_questions
@@ -31,41 +33,66 @@ def sample_prompts(engine: TransformersEngine, count: int) -> list[AskedPrompt]:
     questions = read_questions()
     made = []
     for number in range(min(count, len(questions))):
-        passages = passages_of(questions, number)
+        prompt, passages = fitting(engine, passages_of(questions, number), questions[number].text)
         engine.warm(passages)
-        made.append(AskedPrompt(render_question(engine, passages, questions[number].text), engine))
+        made.append(AskedPrompt(prompt, engine))
     return made
 
 
 def prompts_of_store(engine: TransformersEngine, store: Path, count: int) -> list[AskedPrompt]:
     """Prompts out of the texts of a store's catalogue, in random order, always the same; none if it has none."""
+    if not (store / FILE_NAME).exists():  # to open one would make it
+        return []
     with contextlib.closing(Catalog(store, engine.scope)) as catalog:
         texts = [text for source in catalog.sources() for text in catalog.texts(source)]
+    texts = [text for text, warm in zip(texts, engine.is_warm(texts), strict=True) if warm]
     chance = random.Random(0)
     made = []
     for _ in range(count if texts else 0):
         passages = chance.sample(texts, min(_PASSAGES, len(texts)))
         beginning = " ".join(chance.choice(passages).split()[:_QUOTED])
         question = f'What else do the passages say about "{beginning}"?'
-        made.append(AskedPrompt(render_question(engine, passages, question), engine))
+        made.append(AskedPrompt(fitting(engine, passages, question)[0], engine))
     return made
 
 
-def read_prompts(path: Path, engine: TransformersEngine, beside: TransformersEngine) -> list[AskedPrompt]:
+def fitting(engine: TransformersEngine, passages: list[str], question: str) -> tuple[str, list[str]]:
+    """A prompt that leaves room for an answer, and those of the passages, the first ones, that it holds."""
+    room = engine.context_window - ANSWER_TOKENS
+    while len(engine.token_ids(prompt := render_question(engine, passages, question))) > room and len(passages) > 1:
+        passages = passages[:-1]
+    return prompt, passages
+
+
+@dataclasses.dataclass(frozen=True)
+class UserPrompt:
+    """A line of a file of prompts.
+
+    Attributes:
+        text: The whole prompt, or with passages the question.
+        passages: What the question is asked about; none: their chunks are in the store.
+    """
+
+    text: str
+    passages: tuple[str, ...] = ()
+
+
+def read_prompts(path: Path) -> list[UserPrompt]:
     """The user's prompts.
 
     Args:
-        path: JSON lines, each with ``prompt``, a text whose chunks are in the store, or with ``question`` and
-            ``passages``, a list of texts.
-        engine: What knows the store's chunks.
-        beside: Its store may be written to: passages are warmed there.
+        path: JSON lines, each with ``prompt``, or with ``question`` and ``passages``, a list of texts.
 
     Raises:
         ConfigError: the file has another form, or holds nothing.
         OSError: it can't be read.
     """
     made = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -73,20 +100,42 @@ def read_prompts(path: Path, engine: TransformersEngine, beside: TransformersEng
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{place} is not JSON: {error}") from error
-        made.append(_prompt(record, place, engine, beside))
+        made.append(_parse(record, place))
     if not made:
         raise ConfigError(f"{path} holds no prompts")
     return made
 
 
-def _prompt(record: Any, place: str, engine: TransformersEngine, beside: TransformersEngine) -> AskedPrompt:
+def asked_prompts(
+    prompts: Sequence[UserPrompt], engine: TransformersEngine, beside: TransformersEngine
+) -> list[AskedPrompt]:
+    """The user's prompts for the engines that know their chunks.
+
+    Args:
+        prompts: What was read.
+        engine: What knows the store's chunks.
+        beside: Its store may be written to: passages are warmed there.
+
+    Raises:
+        ChunkTooLongError: a passage does not fit the context.
+    """
+    made = []
+    for prompt in prompts:
+        if prompt.passages:
+            beside.warm(prompt.passages)
+            made.append(AskedPrompt(render_question(beside, prompt.passages, prompt.text), beside))
+        else:
+            made.append(AskedPrompt(prompt.text, engine))
+    return made
+
+
+def _parse(record: Any, place: str) -> UserPrompt:
     if isinstance(record, dict):
         prompt, question, passages = (record.get(name) for name in ("prompt", "question", "passages"))
         if isinstance(prompt, str) and prompt.strip():
-            return AskedPrompt(prompt, engine)
+            return UserPrompt(prompt)
         if isinstance(question, str) and question.strip() and _are_texts(passages):
-            beside.warm(passages)
-            return AskedPrompt(render_question(beside, passages, question), beside)
+            return UserPrompt(question, tuple(passages))
     raise ConfigError(f'{place}: there must be a "prompt", or a "question" and "passages", a list of texts')
 
 

@@ -36,7 +36,9 @@ class Spans:
         self._common = {"cacheblend.model": engine.model_name, "cacheblend.namespace": engine.scope.namespace}
 
     def __call__(self, stats: BlendStats) -> None:
-        """Make the spans of a prompt that was read."""
+        """Make the spans of a prompt that was read; none if its times are lost."""
+        if not stats.started:
+            return
         begin = int(stats.started * _NANO)
         figures = {f"cacheblend.{name}": value for name, value in stats.to_dict().items()}
         whole = self._tracer.start_span("cacheblend.ttft", start_time=begin, attributes={**self._common, **figures})

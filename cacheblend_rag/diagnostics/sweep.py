@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import DEFAULT_RATIO, BlendConfig
 from cacheblend_rag.profiling import divergence
 from cacheblend_rag.stats import PARTS, BlendStats
 
 if TYPE_CHECKING:
     from cacheblend_rag.engines.transformers import TransformersEngine
 
-_ANSWER_TOKENS = 16
+ANSWER_TOKENS = 16
+"""Most tokens of an answer."""
+
 _OFF = {"mode": "off"}
 
 
@@ -65,7 +68,8 @@ class SettingFigures:
     def name(self) -> str:
         """For people."""
         checks = f", check layer {self.blend['check_layers'][0]}" if "check_layers" in self.blend else ""
-        return f"{self.blend['policy']} {self.blend['recompute_ratio']:.0%}{checks}"
+        ratio = self.blend["recompute_ratio"]
+        return f"{self.blend['policy']} {ratio if isinstance(ratio, str) else f'{ratio:.0%}'}{checks}"
 
     def parts(self) -> dict[str, float]:
         """Share of each part of the time to the first token, mean over the prompts."""
@@ -78,7 +82,7 @@ class SettingFigures:
         return {
             "name": self.name,
             "blend": self.blend,
-            "kl_per_token": self.mean_kl,
+            "kl_per_token": self.mean_kl if math.isfinite(self.mean_kl) else None,  # JSON has no NaN
             "top1_agreement": statistics.fmean(self.agreement),
             "ttft_share": self.share,
             "parts": self.parts(),
@@ -110,8 +114,8 @@ class SweepResult:
 
 def settings_to_try(default: BlendConfig, num_layers: int) -> list[dict[str, Any]]:
     """What is set, other ratios and policies, and the check layers beside it."""
-    ratio = 0.15 if isinstance(default.recompute_ratio, str) else default.recompute_ratio
-    tried: list[dict[str, Any]] = [{"policy": default.policy, "recompute_ratio": ratio}]
+    ratio = DEFAULT_RATIO if isinstance(default.recompute_ratio, str) else default.recompute_ratio
+    tried: list[dict[str, Any]] = [{"policy": default.policy, "recompute_ratio": default.recompute_ratio}]
     tried += [{"policy": default.policy, "recompute_ratio": other} for other in (0.05, 0.15, 0.25, 0.5)]
     tried += [{"policy": policy, "recompute_ratio": ratio} for policy in ("query_aware", "hkvd", "hybrid")]
     tried += [
@@ -133,7 +137,7 @@ def sweep(
     found = SweepResult([SettingFigures(dict(setting)) for setting in settings], [])
     for number, prompt in enumerate(prompts):
         engine = prompt.engine
-        full = engine.generate(prompt.text, max_tokens=_ANSWER_TOKENS, blend=_OFF)
+        full = engine.generate(prompt.text, max_tokens=ANSWER_TOKENS, blend=_OFF)
         expected = engine.score(prompt.text, [full.token_ids], blend=_OFF).logits[0].double().log_softmax(-1)
         for setting in found.settings:
             blend = {"mode": "blend", **setting.blend}
@@ -144,7 +148,7 @@ def sweep(
             # Plain prefill again and again, right before: a machine's speed changes.
             setting.full_ttft.append(engine.generate(prompt.text, max_tokens=1, blend=_OFF).stats.ttft)
             answer = engine.generate(
-                prompt.text, max_tokens=_ANSWER_TOKENS if setting is found.default else 1, blend=blend
+                prompt.text, max_tokens=ANSWER_TOKENS if setting is found.default else 1, blend=blend
             )
             setting.ttft.append(answer.stats.ttft)
             setting.stats.append(answer.stats)

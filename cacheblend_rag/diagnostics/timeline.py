@@ -14,7 +14,10 @@ REST = "rest"
 
 
 def parts_of(stats: BlendStats) -> dict[str, float]:
-    """Seconds of each part of the time to the first token, in order; they sum to it."""
+    """Seconds of each part of the time to the first token, in order.
+
+    They sum to it, but for what two clocks measured, a client's and a server's.
+    """
     parts = {part: float(getattr(stats, part)) for part in PARTS}
     return {"match": parts.pop("match"), REST: max(stats.ttft - sum(parts.values()) - stats.match, 0.0), **parts}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import logging
@@ -221,7 +222,8 @@ class Engine(abc.ABC):
             raise CacheBlendError("the answer was given up")
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._waiting, collect)
+            context = contextvars.copy_context()  # for observers: the span that is current, for one
+            return await asyncio.get_running_loop().run_in_executor(self._waiting, context.run, collect)
         except asyncio.CancelledError:
             given_up.set()
             raise
@@ -231,8 +233,9 @@ class Engine(abc.ABC):
     ) -> AsyncIterator[StreamPiece]:
         """:meth:`stream`, without blocking the event loop."""
         pieces = self.stream(prompt, blend=blend, **sampling)
-        loop = asyncio.get_running_loop()
-        while (piece := await loop.run_in_executor(self._waiting, next, pieces, None)) is not None:
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        following = functools.partial(next, pieces, None)
+        while (piece := await loop.run_in_executor(self._waiting, context.run, following)) is not None:
             yield piece
 
     @functools.cached_property

@@ -126,7 +126,9 @@ class TransformersEngine(Engine):
         other = copy.copy(self)
         other._library = ChunkLibrary(store, self.scope)
         other._prefetcher = Prefetcher(other._bring, batch=1)
-        other._prompts = PromptReader(self._loaded, other._library)
+        other._observers = ()
+        with self._lock:
+            other._prompts = PromptReader(self._loaded, other._library)
         other.counts = other._reader.counts
         return other
 
@@ -265,6 +267,11 @@ class TransformersEngine(Engine):
     def token_ids(self, prompt: str) -> list[int]:
         """The tokens of a prompt, special ones included, as it is read."""
         return [int(token) for token in self._prompt_ids(prompt)]
+
+    def pieces(self, prompt: str) -> list[str]:
+        """The text of each token of a prompt; of a character that several tokens make, the last has it."""
+        stream = TextStream(self._loaded.tokenizer, [], SamplingParams(skip_special_tokens=False))
+        return [stream.add(token) for token in self.token_ids(prompt)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`Engine.decode`."""

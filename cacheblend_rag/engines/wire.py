@@ -19,7 +19,8 @@ from cacheblend_rag.vllm.settings import PARAMS_KEY
 
 def blend_params(config: BlendConfig, request_id: str, *, trace: bool) -> dict[str, Any]:
     """``kv_transfer_params`` of a request that generates, its stats to be found under a name."""
-    return {PARAMS_KEY: {**config.to_dict(), "id": request_id, "trace": trace}}
+    asked = {"trace": True} if trace else {}  # servers of earlier versions refuse what they don't know
+    return {PARAMS_KEY: {**config.to_dict(), "id": request_id, **asked}}
 
 
 def action_params(action: str, value: Any = True) -> dict[str, Any]:

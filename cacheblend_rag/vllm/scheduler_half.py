@@ -40,6 +40,7 @@ from cacheblend_rag.vllm.waiting import DiskWait, MemoryTier
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 4096  # finished requests whose stats can be asked for
+_TRACES = 16  # and whose traces: these are megabytes
 _GOES_ON = "goes on from blended blocks in the prefix cache"
 _IDLE_SECONDS = 0.001  # of a step without work, while chunks are read: the reading needs the time
 
@@ -153,6 +154,7 @@ class SchedulerHalf:
         self._plans: dict[str, _Plan] = {}
         self._jobs = StepJobs(library.scope)
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._traces: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """VLLM's pool of blocks, asked which are cached."""
@@ -373,11 +375,13 @@ class SchedulerHalf:
             stats = self._stats(plan, report)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("%s: %s", request.request_id, stats.line(scores))
-            ours = stats.to_dict() | ({} if trace is None else {"trace": trace})
+            ours = stats.to_dict()
             if plan.params.request_id is not None:
-                self._finished[plan.params.request_id] = ours
-                if len(self._finished) > _REMEMBERED:
-                    self._finished.popitem(last=False)
+                _remember(self._finished, plan.params.request_id, ours, _REMEMBERED)
+                if trace is not None:
+                    _remember(self._traces, plan.params.request_id, trace, _TRACES)
+            if trace is not None:
+                ours = {**ours, "trace": trace}
         return {PARAMS_KEY: ours}
 
     def close(self) -> None:
@@ -542,7 +546,10 @@ class SchedulerHalf:
         if action == "describe":
             plan.answer = self._describe()
         elif action == "report":
-            known = self._finished.get(plan.params.request_id or "")
+            request_id = plan.params.request_id or ""
+            known = self._finished.get(request_id)
+            if known is not None and (trace := self._traces.pop(request_id, None)) is not None:
+                known = {**known, "trace": trace}
             plan.answer = known or {"error": f"no request {plan.params.request_id!r} has finished here lately"}
         elif action in ("lookup", "list_keys", "evict_keys", "prefetch"):
             plan.answer = self._answer_by_key(plan.params)
@@ -653,6 +660,12 @@ def _obstacle(request: Any) -> str | None:
 def _as_ids(token_ids: Sequence[int]) -> TokenIds:
     """What ``np.asarray`` makes of a list, in a third of the time."""
     return np.frombuffer(bytearray(struct.pack(f"{len(token_ids)}i", *token_ids)), np.int32)
+
+
+def _remember(known: OrderedDict[str, dict[str, Any]], name: str, what: dict[str, Any], most: int) -> None:
+    known[name] = what
+    if len(known) > most:
+        known.popitem(last=False)
 
 
 def _replace_prompt(request: Any, ids: TokenIds) -> None:

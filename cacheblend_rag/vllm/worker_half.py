@@ -214,10 +214,13 @@ class WorkerHalf:
             if result is not None:
                 stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
             if trace is not None:
-                found = trace()
-                told["score_range"] = found.score_range
-                if job.trace:
-                    told["trace"] = found.to_dict()
+                try:
+                    found = trace()
+                    told["score_range"] = found.score_range
+                    if job.trace:
+                        told["trace"] = found.to_dict()
+                except Exception as error:  # whatever a policy's passes found: the answer is right without it
+                    self._log_fault("a blend could not be traced", error)
             return {**stats.to_dict(), **told, "finished_at": time.time()}
 
         if self._model.is_first_rank:  # all do alike

@@ -88,6 +88,28 @@ def test_spans_are_inside_each_other(observed: Case) -> None:
     assert parts[0].start_time == whole.start_time
 
 
+async def test_spans_of_coroutines_belong_to_theirs(observed: Case) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    observed.engine.add_observer(Spans(observed.engine, provider))
+    for number in range(2):
+        with provider.get_tracer("test").start_as_current_span("request") as request:
+            if number:
+                assert [piece async for piece in observed.engine.astream(observed.prompt(1), max_tokens=2)]
+            else:
+                await observed.engine.agenerate(observed.prompt(1), max_tokens=2)
+        whole = [span for span in exporter.get_finished_spans() if span.name == "cacheblend.ttft"][-1]
+        assert whole.parent is not None
+        assert whole.parent.span_id == request.get_span_context().span_id
+
+
+def test_what_was_lost_has_no_spans(observed: Case) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    Spans(observed.engine, provider)(BlendStats(5, reason="lost"))
+    assert exporter.get_finished_spans() == ()
+
+
 def test_answers_do_not_suffer_from_observers(observed: Case, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[BlendStats] = []
 
