@@ -25,6 +25,8 @@ from typer.testing import CliRunner, Result
 
 import cacheblend_rag
 from cacheblend_rag.cli import app
+from cacheblend_rag.diagnostics import sweep
+from cacheblend_rag.diagnostics.sweep import settings_to_try
 
 CHAT = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -668,6 +670,11 @@ class TestDoctor:
     """On a random model, whose answers depend on every bit: near enough is whatever is asked for."""
 
     FINE = ("--max-kl", 100, "--count", 1)
+
+    @pytest.fixture(autouse=True)
+    def few_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To save time."""
+        monkeypatch.setattr(sweep, "settings_to_try", lambda *args: settings_to_try(*args)[:2])
 
     @pytest.fixture
     def ask(self, options: list[str]) -> list[Any]:

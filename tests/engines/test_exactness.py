@@ -30,17 +30,25 @@ def test_what_is_exact_differs_by_rounding(case: Case) -> None:
     assert found.shift.max() < 1e-3
 
 
-def test_keys_moved_to_the_wrong_place_are_seen(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small(case: Case) -> Case:
+    """A random model: what is wrong shows in any."""
+    if case.real:
+        pytest.skip("takes long, and shows nothing more")
+    return case
+
+
+def test_keys_moved_to_the_wrong_place_are_seen(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     original = PromptForward._rotary
 
     def beside(self: PromptForward, start: int, length: int) -> object:
         return original(self, start + (start > 0), length)
 
     monkeypatch.setattr(PromptForward, "_rotary", beside)
-    assert measured(case).shift.max() > 1e-3
+    assert measured(small).shift.max() > 1e-3
 
 
-def test_a_mask_that_hides_a_key_is_seen(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_hides_a_key_is_seen(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     class Blind(transformers_forward.RowAttention):
         """Of rows with gaps between them, none sees the first key."""
 
@@ -51,11 +59,11 @@ def test_a_mask_that_hides_a_key_is_seen(case: Case, monkeypatch: pytest.MonkeyP
             return super().__call__(query, key, value, scale)
 
     monkeypatch.setattr(transformers_forward, "RowAttention", Blind)
-    found = measured(case)
+    found = measured(small)
     assert min(found.exact_kv.values()) > 1e-3
 
 
-def test_a_prompt_that_is_not_blended_is_no_success(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_is_not_blended_is_no_success(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_reader, "blend", None)  # fails, and the prompt is prefilled
-    found = measured(case)
+    found = measured(small)
     assert np.isnan([found.everything, *found.exact_kv.values()]).all()

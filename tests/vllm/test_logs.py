@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 
-from .conftest import Case
+from .conftest import Case, connectors
 
 
 def test_a_line_for_each_prompt(case: Case, caplog: pytest.LogCaptureFixture) -> None:
@@ -27,6 +28,30 @@ def test_a_line_for_each_prompt(case: Case, caplog: pytest.LogCaptureFixture) ->
     low, high = map(float, re.search(r"by query_aware, scores (\S+) to (\S+),", lines[0]).groups())  # type: ignore[union-attr]
     assert 0 < low < high
     assert ": prefill (mode is off): 0 of 0 matched tokens recomputed, " in lines[1]
+
+
+def test_a_trace_that_fails_costs_no_answer(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(Recorder, "trace", fail)
+    answer = case.engine.generate(case.prompt(96), max_tokens=2, trace=True)
+    assert answer.trace is None
+    assert answer.stats.decision == "blend"
+    assert answer.stats.recomputed_tokens > 20
+    assert "a blend could not be traced" in caplog.text
+
+
+def test_only_the_last_traces_are_remembered(case: Case) -> None:
+    scheduler = connectors(case.engine)[0]._scheduler
+    before = len(scheduler._finished)
+    for seed in range(100, 120):
+        assert case.engine.generate(case.prompt(seed), max_tokens=1, trace=True).trace is not None
+    assert len(scheduler._traces) == 16
+    assert len(scheduler._finished) == before + 20
+    assert not any("trace" in stats for stats in scheduler._finished.values())
 
 
 def test_observers_see_every_answer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
