@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -187,8 +188,12 @@ def test_i7_same_prompt_same_logits(case: Case, policy: str) -> None:
     again = case.logits(ids, policy=policy, forced_tokens=4)
     assert float((repeated - first).abs().max()) <= allowed
     assert float((again - first).abs().max()) <= allowed
-    answer = case.engine.generate(case.prompt(5, chunks=6), max_tokens=2, blend={"policy": policy})
+    answer = case.engine.generate(case.prompt(5, chunks=6), max_tokens=2, blend={"policy": policy}, trace=True)
     assert (answer.stats.decision, answer.stats.policy) == ("blend", policy)
+    assert answer.trace is not None
+    assert len(answer.trace.recomputed) == answer.stats.recomputed_tokens
+    told = [*answer.trace.deviations.values(), *([] if answer.trace.read is None else [answer.trace.read])]
+    assert all(np.isfinite(measured.values).all() and measured.values.max() > 0 for measured in told)
 
 
 @pytest.mark.parametrize("policy", ["hkvd", "hkvd_kv"])
