@@ -52,9 +52,9 @@ from transformers import AutoTokenizer
 
 from cacheblend_rag import ChunkTooLongError, PromptTooLongError, load_engine
 from cacheblend_rag.diagnostics.quality_plot import plot_quality
+from cacheblend_rag.divergence import divergence
 from cacheblend_rag.engines.transformers import Scores, TransformersEngine
 from cacheblend_rag.policies import get_policy, policy_names
-from cacheblend_rag.profiling import divergence
 from cacheblend_rag.store import open_store
 
 STORE_BYTES = 16 << 30

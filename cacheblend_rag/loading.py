@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.guard import check_share
 
 if TYPE_CHECKING:
     from cacheblend_rag.store import ChunkStore
@@ -44,6 +45,7 @@ def load_engine(
     codec: str = "raw",
     base_url: str | None = None,
     chat_template: str | os.PathLike[str] | None = None,
+    guard: float | None = None,
     engine_args: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Load a model and open a chunk store.
@@ -67,6 +69,8 @@ def load_engine(
         base_url: Address of the server, such as ``"http://localhost:8000/v1"``. It has loaded model, store and primer
             itself: what is given here of them must be what it has, or None.
         chat_template: In place of the model's own: a Jinja template, or a file that holds it.
+        guard: Share of the blended answers that are compared with full prefill in the background, such as 0.02. Where
+            they are too far from it, more is recomputed, or blending is turned off: see :mod:`cacheblend_rag.guard`.
         engine_args: Further arguments of ``AutoModelForCausalLM.from_pretrained``, of ``vllm.EngineArgs`` (also
             ``on_unsupported="prefill"``, and ``gpu_bytes``: most bytes of chunks kept in the GPU's memory too), or of
             ``openai.OpenAI`` (``api_key``, ``timeout``, ``max_retries``).
@@ -76,6 +80,8 @@ def load_engine(
         UnsupportedModelError: the model can't be blended.
         StoreError: the store can't be opened.
     """
+    if guard is not None:
+        check_share(guard)
     if engine not in _ENGINES:
         raise ConfigError(f"unknown engine {engine!r}: known are {', '.join(_ENGINES)}")
     if engine == "server":
@@ -93,9 +99,10 @@ def load_engine(
         for name, value, default in (("dtype", dtype, "auto"), ("device", device, "auto"), ("codec", codec, "raw")):
             if value != default:
                 raise ConfigError(f"{name} is the server's to set, where it is started: leave it out")
-        return ServerEngine(
+        loaded: Engine = ServerEngine(
             os.fspath(model), base_url=base_url, blend=blend, namespace=namespace, client_args=engine_args or {}
         )
+        return _watched(loaded, guard)
     if base_url is not None:
         raise ConfigError(f"base_url is the address of a server, but the {engine} engine runs here: leave it out")
     settings: dict[str, Any] = {
@@ -111,11 +118,18 @@ def load_engine(
     if engine == "vllm":
         from cacheblend_rag.engines.vllm import VllmEngine
 
-        return VllmEngine(
+        loaded = VllmEngine(
             os.fspath(model), store=os.fspath(store) if isinstance(store, os.PathLike) else store, **settings
         )
+        return _watched(loaded, guard)
     from cacheblend_rag.engines.transformers import TransformersEngine
     from cacheblend_rag.store import open_store
 
     chunk_store = open_store(store) if store is None or isinstance(store, str | os.PathLike) else store
-    return TransformersEngine(os.fspath(model), store=chunk_store, **settings)
+    return _watched(TransformersEngine(os.fspath(model), store=chunk_store, **settings), guard)
+
+
+def _watched(loaded: Engine, guard: float | None) -> Engine:
+    if guard is not None:
+        loaded.watch(guard)
+    return loaded

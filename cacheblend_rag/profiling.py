@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-import torch
-
 import cacheblend_rag
+from cacheblend_rag.divergence import divergence
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError, PromptTooLongError
 from cacheblend_rag.model_profile import ModelProfile
@@ -168,16 +167,6 @@ def wins_and_losses(kl: Sequence[float], baseline: Sequence[float]) -> tuple[int
     """On how many questions a range has less KL than the baseline, and on how many more."""
     pairs = list(zip(kl, baseline, strict=True))
     return sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-
-
-def divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL divergence of the softmax of logits from what was expected, in nats, summed over tokens.
-
-    Args:
-        expected: Log-probabilities, float64 ``[tokens, vocabulary]``.
-        logits: ``[tokens, vocabulary]``.
-    """
-    return float((expected.exp() * (expected - logits.double().log_softmax(-1))).sum())
 
 
 def render_question(engine: TransformersEngine, passages: Sequence[str], question: str) -> str:

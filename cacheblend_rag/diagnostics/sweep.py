@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_rag.config import DEFAULT_RATIO, BlendConfig
-from cacheblend_rag.profiling import divergence
+from cacheblend_rag.divergence import divergence
 from cacheblend_rag.stats import PARTS, BlendStats
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import functools
 import logging
+import statistics
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, overload
 import numpy as np
 
 from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.divergence import divergence_of_tops
 from cacheblend_rag.engines.sampling import SamplingParams as SamplingParams
 from cacheblend_rag.errors import (
     CacheBlendError,
@@ -26,6 +28,7 @@ from cacheblend_rag.errors import (
     EngineClosedError,
     PromptTooLongError,
 )
+from cacheblend_rag.guard import Answered, Guard
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import BlendStats, Generation, StreamPiece, WarmReport
 
@@ -38,6 +41,10 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
 Observer = Callable[[BlendStats], None]
+
+_COMPARED = 4  # tokens of an answer that are compared with full prefill where each is a request
+_OFF = BlendConfig(mode="off")
+_TOPS = SamplingParams(max_tokens=1, logprobs=20)  # as many as vLLM tells unless it is told otherwise
 
 
 class Engine(abc.ABC):
@@ -52,8 +59,10 @@ class Engine(abc.ABC):
         num_layers: Layers of the model.
         scope: Namespace, model and primer: which stored chunks it may read.
         settings: The arguments of ``load_engine`` that made it, to make it again elsewhere; None: made otherwise.
+        guard: Compares a sample of the answers with full prefill, if that was asked for.
     """
 
+    guard: Guard | None = None
     settings: Mapping[str, Any] | None = None
     model_name: str
     blend: BlendConfig
@@ -135,7 +144,39 @@ class Engine(abc.ABC):
         """
         self._observers = (*self._observers, observer)
 
-    def _observe(self, stats: BlendStats) -> None:
+    def watch(self, share: float) -> None:
+        """Compare a share of the blended answers with full prefill, see :mod:`cacheblend_rag.guard`.
+
+        Args:
+            share: In (0, 1].
+
+        Raises:
+            ConfigError: it is not.
+        """
+        self.guard = Guard(self._divergence, share)
+
+    def _divergence(self, answered: Answered) -> float:
+        """KL divergence of an answer from full prefill's, nats a token; at least, if not all tokens are compared."""
+        ids = self._prompt_ids(answered.prompt)
+        compared = []
+        for count in range(min(len(answered.token_ids), _COMPARED)):
+            asked = [*ids, *answered.token_ids[:count]]
+            (full,), (blended,) = (self._answer([asked], config, _TOPS) for config in (_OFF, answered.config))
+            assert full.logprobs is not None
+            assert blended.logprobs is not None  # they were asked for
+            compared.append(divergence_of_tops(full.logprobs[0], blended.logprobs[0]))
+        return statistics.fmean(compared)
+
+    @abc.abstractmethod
+    def _prompt_ids(self, prompt: Prompt) -> Sequence[int] | TokenIds:
+        """The token ids of a prompt, as it is read."""
+
+    def _finished(self, answered: Answered, stats: BlendStats) -> None:
+        """Tell guard and observers of an answer that is complete."""
+        if self.guard is not None:
+            if self.guard.is_comparing:
+                return
+            self.guard.saw(answered, stats)
         for observer in self._observers:
             try:
                 observer(stats)
@@ -307,6 +348,11 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """Free the model and close the store; closing twice does nothing."""
 
+    def _stop_background(self) -> None:
+        self._prefetcher.close()
+        if self.guard is not None:
+            self.guard.close()
+
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed: load it again")
@@ -316,6 +362,7 @@ class Engine(abc.ABC):
     ) -> tuple[BlendConfig, SamplingParams]:
         self._check_open()
         config = blend if isinstance(blend, BlendConfig) else self.blend.with_overrides(blend)
+        config = config if self.guard is None else self.guard.adjust(config)
         config = config.or_question_layers(self._question_layers)
         config.check_layer_numbers(self.num_layers)
         known = [field.name for field in dataclasses.fields(SamplingParams)]

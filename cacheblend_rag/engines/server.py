@@ -22,6 +22,7 @@ from cacheblend_rag.engines import wire
 from cacheblend_rag.engines.base import Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.connected import ConnectedEngine
 from cacheblend_rag.errors import ConfigError, EngineClosedError, PromptTooLongError, ServerError, ServerTimeoutError
+from cacheblend_rag.guard import Answered
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
 from cacheblend_rag.structured import structural_tag
@@ -139,7 +140,7 @@ class ServerEngine(ConnectedEngine):
         with self._lock:
             self._closed = True
             clients, self._async_clients = self._async_clients, {}
-        self._prefetcher.close()
+        self._stop_background()
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
         for loop, client in clients.items():
@@ -155,7 +156,7 @@ class ServerEngine(ConnectedEngine):
         with self._errors(params.timeout):
             client = _with_options(self._async_client(), params)
             response = await client.completions.create(**request)
-        return await asyncio.to_thread(self._generation, response, params, request)
+        return await asyncio.to_thread(self._generation, response, params, request, config)
 
     async def astream(
         self, prompt: Prompt, *, blend: Mapping[str, Any] | BlendConfig | None = None, **sampling: Any
@@ -163,7 +164,7 @@ class ServerEngine(ConnectedEngine):
         """See :meth:`Engine.astream`."""
         config, params = self._settings(blend, sampling)
         request = self._request(prompt, config, params, stream=True)
-        answer = _Answer(request)
+        answer = _Answer(request, config)
         client = _with_options(self._async_client(), params)
         with self._errors(params.timeout):
             stream = await client.completions.create(**request)
@@ -179,12 +180,13 @@ class ServerEngine(ConnectedEngine):
         requests = [self._request(prompt, config, params) for prompt in prompts]
         responses = self._pool.map(lambda request: self._complete(request, params), requests)
         return [
-            self._generation(response, params, request) for response, request in zip(responses, requests, strict=True)
+            self._generation(response, params, request, config)
+            for response, request in zip(responses, requests, strict=True)
         ]
 
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
         request = self._request(prompt, config, params, stream=True)
-        answer = _Answer(request)
+        answer = _Answer(request, config)
         client = _with_options(self._client, params)
         with self._errors(params.timeout):
             stream = client.completions.create(**request)
@@ -236,8 +238,7 @@ class ServerEngine(ConnectedEngine):
                 "top_k": max(params.top_k, 0),
                 "return_tokens_as_token_ids": True,
                 "skip_special_tokens": params.skip_special_tokens,
-                # No second BOS before that of a rendered chat template.
-                "add_special_tokens": not (self._bos and isinstance(prompt, str) and prompt.startswith(self._bos)),
+                "add_special_tokens": not isinstance(prompt, str) or self._needs_special(prompt),
                 "kv_transfer_params": wire.blend_params(
                     config, f"{self._name}-{next(self._numbers)}", trace=params.trace
                 ),
@@ -269,9 +270,11 @@ class ServerEngine(ConnectedEngine):
         with self._errors(params.timeout):
             return _with_options(self._client, params).completions.create(**request)
 
-    def _generation(self, response: Any, params: SamplingParams, request: Mapping[str, Any]) -> Generation:
+    def _generation(
+        self, response: Any, params: SamplingParams, request: Mapping[str, Any], config: BlendConfig
+    ) -> Generation:
         """The answer in a response that was not streamed."""
-        answer = _Answer(request)
+        answer = _Answer(request, config)
         answer.add(response)
         told = response.kv_transfer_params
         if told is None:  # a stop string ended the answer before vLLM's scheduler knew: the stats are asked for
@@ -285,7 +288,7 @@ class ServerEngine(ConnectedEngine):
             stats.started, stats.ttft = answer.started, answer.ttft
         self.counts[stats.decision] += 1
         self.counts["chunk_fault"] += stats.faults
-        self._observe(stats)
+        self._finished(Answered(answer.prompt, answer.token_ids, answer.config), stats)
         return Generation(
             text=answer.text,
             token_ids=answer.token_ids,
@@ -299,8 +302,17 @@ class ServerEngine(ConnectedEngine):
         self._check_open()
         return [np.asarray(ids, np.int32) for ids in self._pool.map(self._tokenize, chunks)]
 
-    def _tokenize(self, text: str) -> list[int]:
-        body = {"model": self.model_name, "prompt": text, "add_special_tokens": False}
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenize(prompt, special=self._needs_special(prompt))
+        return [int(token) for token in prompt]
+
+    def _needs_special(self, prompt: str) -> bool:
+        """Whether the server adds special tokens: no second BOS before that of a rendered chat template."""
+        return not (self._bos and prompt.startswith(self._bos))
+
+    def _tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        body = {"model": self.model_name, "prompt": text, "add_special_tokens": special}
         tokens: list[int] = self._post("tokenize", body)["tokens"]
         return tokens
 
@@ -368,9 +380,12 @@ class _Answer:
 
     Args:
         request: Arguments of ``completions.create``.
+        config: The blend's, which are among them.
     """
 
-    def __init__(self, request: Mapping[str, Any]) -> None:
+    def __init__(self, request: Mapping[str, Any], config: BlendConfig) -> None:
+        self.prompt: str | list[int] = request["prompt"]
+        self.config = config
         self.request_id: str = request["extra_body"]["kv_transfer_params"][PARAMS_KEY]["id"]
         self.streamed = bool(request.get("stream"))
         self.text = ""

@@ -17,6 +17,7 @@ import torch
 
 from cacheblend_rag.chunks import ChunkScope, TokenIds
 from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.divergence import divergence
 from cacheblend_rag.engines.base import Engine, Progress, Prompt, SamplingParams
 from cacheblend_rag.engines.decoding import Sampler, TextStream
 from cacheblend_rag.engines.grammar import GrammarCompiler, GrammarMatcher
@@ -26,6 +27,7 @@ from cacheblend_rag.engines.transformers_exactness import Exactness, measure_exa
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import KVDeviations, PromptReader
 from cacheblend_rag.errors import AnswerTimeoutError, ConfigError
+from cacheblend_rag.guard import Answered
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.prefetching import Prefetcher
@@ -36,6 +38,9 @@ from cacheblend_rag.store.codecs import check_codec
 from cacheblend_rag.structured import structural_tag
 
 logger = logging.getLogger(__name__)
+
+_COMPARED = 16  # tokens of an answer that a guard compares
+_OFF = BlendConfig(mode="off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,7 @@ class TransformersEngine(Engine):
         other._library = ChunkLibrary(store, self.scope)
         other._prefetcher = Prefetcher(other._bring, batch=1)
         other._observers = ()
+        other.guard = None
         with self._lock:
             other._prompts = PromptReader(self._loaded, other._library)
         other.counts = other._reader.counts
@@ -209,6 +215,14 @@ class TransformersEngine(Engine):
         self.counts[read.stats.decision] += 1
         return Scores(logits, token_ids, read.stats)
 
+    def _divergence(self, answered: Answered) -> float:
+        """See :class:`Engine`. Here the logits of all tokens are at hand."""
+        given = [answered.token_ids[:_COMPARED]]
+        full, blended = (
+            self.score(answered.prompt, given, blend=config).logits[0] for config in (_OFF, answered.config)
+        )
+        return divergence(full.double().log_softmax(-1), blended) / len(full)
+
     def deviations(self, prompt: Prompt) -> KVDeviations:
         """Read a prompt by full prefill, and measure how far known chunks' KV is from that, in every layer.
 
@@ -284,7 +298,7 @@ class TransformersEngine(Engine):
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self._closed = True
-        self._prefetcher.close()
+        self._stop_background()
         self._library.store.close()
         # What holds the weights and the primer's KV.
         self._model = self._prompts = None
@@ -391,7 +405,7 @@ class TransformersEngine(Engine):
                 end += time.perf_counter() - handed_over
             with self._lock, torch.inference_mode():
                 logits = prompt_read.forward.decode(token)
-        self._observe(stats)
+        self._finished(Answered(prompt_ids, token_ids, config), stats)
         piece += text.finish()
         yield StreamPiece(
             piece,

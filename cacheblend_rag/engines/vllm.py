@@ -28,6 +28,7 @@ from cacheblend_rag.engines.model_files import (
 )
 from cacheblend_rag.engines.vllm_thread import EngineThread, Request
 from cacheblend_rag.errors import CacheBlendError, ConfigError
+from cacheblend_rag.guard import Answered
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import FinishReason, Generation, StreamPiece, WarmReport
@@ -148,7 +149,7 @@ class VllmEngine(ConnectedEngine):
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self._closed = True
-        self._prefetcher.close()
+        self._stop_background()
         self._thread.close()
 
     def _answer(self, prompts: Sequence[Prompt], config: BlendConfig, params: SamplingParams) -> list[Generation]:
@@ -185,7 +186,7 @@ class VllmEngine(ConnectedEngine):
         request_id = self._new_id()
         request = self._send(request_id, ids, params, wire.blend_params(config, request_id, trace=params.trace))
         request.timeout = params.timeout
-        return _Sent(request, request_id, ids, params, started, seconds)
+        return _Sent(request, request_id, ids, config, params, started, seconds)
 
     def _collect(self, sent: _Sent) -> Iterator[StreamPiece]:
         decoder = None if sent.params.stop else TextStream(self._tokenizer, sent.prompt_ids, sent.params)
@@ -218,7 +219,7 @@ class VllmEngine(ConnectedEngine):
         stats.started = time.time() - (time.perf_counter() - sent.started)
         self.counts[stats.decision] += 1
         self.counts["chunk_fault"] += stats.faults
-        self._observe(stats)
+        self._finished(Answered(sent.prompt_ids, token_ids, sent.config), stats)
         yield StreamPiece(
             last,
             Generation(
@@ -311,6 +312,7 @@ class _Sent:
     request: Request
     request_id: str
     prompt_ids: list[int]
+    config: BlendConfig
     params: SamplingParams
     started: float
     tokenized: float

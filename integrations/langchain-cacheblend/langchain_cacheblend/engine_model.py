@@ -29,6 +29,7 @@ _LOAD_SETTINGS = (
     "codec",
     "base_url",
     "chat_template",
+    "guard",
     "engine_args",
 )
 _PATIENCE = ("timeout", "max_retries")  # change no answer
