@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import cacheblend_rag
-from cacheblend_rag.cli import doctor, ingest, inspect, profile, query, serve, store
+from cacheblend_rag.cli import dashboard, doctor, ingest, inspect, profile, query, serve, store
 from cacheblend_rag.cli.console import print_error
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.logs import LEVEL_VARIABLE, log_to_stderr
@@ -52,6 +52,7 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 app.command("profile")(profile.profile)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
+app.command("dashboard")(dashboard.dashboard)
 app.add_typer(store.app, name="store")
 
 

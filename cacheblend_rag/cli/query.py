@@ -48,6 +48,10 @@ def query(
         Path | None,
         typer.Option(metavar="FILE", help="Write where the time went as a trace for Perfetto or about:tracing."),
     ] = None,
+    request_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append how the prompt was read, for cacheblend dashboard --requests FILE."),
+    ] = None,
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
     codec: options.Codec = "raw",
@@ -60,8 +64,9 @@ def query(
         raise typer.BadParameter("give either a QUESTION or --prompt-file")
     from cacheblend_rag import BlendConfig
 
-    if trace_file is not None and not trace_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {trace_file.parent} for --trace-file")
+    for option, path in (("--trace-file", trace_file), ("--request-log", request_log)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no directory {path.parent} for {option}")
     prompt = None if prompt_file is None else options.read_text(prompt_file)
     blend = BlendConfig(recompute_ratio=ratio, policy=policy, forced_tokens=forced_tokens, mode=mode)  # type: ignore[arg-type]  # it checks
     options.require_store(store)
@@ -85,6 +90,10 @@ def query(
         with working("answering"):
             if compare:  # what is set up once, on first use, must not count against whoever comes first
                 loaded.generate("warm-up", max_tokens=1, blend={"mode": "off"})
+            if request_log is not None:  # not before the warm-up, which nobody asked for
+                from cacheblend_rag.diagnostics.request_log import RequestLog
+
+                loaded.add_observer(RequestLog(loaded, request_log))
             answer = loaded.generate(prompt, max_tokens=max_tokens, trace=trace)
             full = loaded.generate(prompt, max_tokens=max_tokens, blend={"mode": "off"}) if compare else None
         if not answer.segments and (lacking := what_store_lacks(loaded, engine, store)):
