@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cacheblend_rag.matching import Segment
 
 if TYPE_CHECKING:
+    from cacheblend_rag.store.base import Tier
     from cacheblend_rag.trace import BlendTrace
 
 Decision = Literal["blend", "prefix", "prefill"]
@@ -35,6 +36,14 @@ class BlendStats:
         reason: Why, in a few words.
         policy: The policy that chose the recomputed tokens, empty if none did.
         faults: Chunks that matched but could not be read; they were prefilled.
+        read_bytes: By tier, bytes of KV of the chunks that were read, each as a whole and as often as it was read. With
+            tensor parallelism those of the first worker, which reads its heads. Empty if nothing was read. A chunk that
+            was brought to memory ahead of the prompt counts as ``"disk"`` for the first prompt that uses it.
+        read_seconds: By tier, seconds until these chunks were in the host's memory: all of the reading from
+            ``"disk"``, which may have gone on before ``load`` began; next to nothing otherwise. Reads from disk that
+            overlap share their time, so that all prompts' sum is the time in which anything was read.
+        deviation: ``"mean"`` and ``"p95"`` (95th percentile) of the squared L2 distances between fresh and cached
+            values, over all matched tokens of a prompt that was traced; see ``BlendTrace.deviation``. Else empty.
         match: Seconds for tokenising and matching.
         load: Seconds for reading, copying and shifting cached KV.
         select: Seconds for choosing the tokens to recompute.
@@ -54,6 +63,9 @@ class BlendStats:
     reason: str = ""
     policy: str = ""
     faults: int = 0
+    read_bytes: dict[Tier, int] = dataclasses.field(default_factory=dict)
+    read_seconds: dict[Tier, float] = dataclasses.field(default_factory=dict)
+    deviation: dict[str, float] = dataclasses.field(default_factory=dict)
     match: float = 0.0
     load: float = 0.0
     select: float = 0.0
@@ -61,6 +73,11 @@ class BlendStats:
     first_token: float = 0.0
     ttft: float = 0.0
     started: float = 0.0
+
+    def count_read(self, tier: Tier, nbytes: int, seconds: float) -> None:
+        """Count a chunk that was read."""
+        self.read_bytes[tier] = self.read_bytes.get(tier, 0) + nbytes
+        self.read_seconds[tier] = self.read_seconds.get(tier, 0.0) + seconds
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

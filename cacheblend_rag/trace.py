@@ -57,6 +57,18 @@ class BlendTrace:
         scores = np.empty(0) if last is None else last.at(self.recomputed)
         return (float(scores.min()), float(scores.max())) if len(scores) else ()
 
+    @property
+    def deviation(self) -> dict[str, float]:
+        """``"mean"`` and ``"p95"`` of the deviations, where they were measured first: of all matched tokens.
+
+        At later check layers only those are left that deviate most. Empty if nothing was measured that is finite.
+        """
+        if not self.deviations:
+            return {}
+        values = self.deviations[min(self.deviations)].values
+        finite = values[np.isfinite(values)].astype(np.float64)
+        return {"mean": float(finite.mean()), "p95": float(np.percentile(finite, 95))} if len(finite) else {}
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
 

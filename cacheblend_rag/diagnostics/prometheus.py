@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from cacheblend_rag.engines.base import Engine
 
 _LABELS = ("model", "namespace")
+_DEVIATIONS = {"mean": "Mean", "p95": "95th percentile"}
 _SOURCES = ("prefix", "reused", "recomputed", "missed")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SQUARES = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 10000.0)
 _SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -70,6 +72,28 @@ class PrometheusMetrics:
             buckets=_SHARES,
             registry=registry,
         )
+        self._read_bytes = Counter(
+            "cacheblend_read_bytes",
+            "Bytes of chunk KV that prompts read, by where it was",
+            (*_LABELS, "tier"),
+            registry=registry,
+        )
+        self._read_seconds = Counter(
+            "cacheblend_read_seconds",
+            "Seconds that prompts' chunks took to be read, by where they were",
+            (*_LABELS, "tier"),
+            registry=registry,
+        )
+        self._deviations = {
+            name: Histogram(
+                f"cacheblend_deviation_{name}",
+                f"{text} of the squared distances between fresh and cached values, of a traced blend",
+                _LABELS,
+                buckets=_SQUARES,
+                registry=registry,
+            )
+            for name, text in _DEVIATIONS.items()
+        }
 
     def __call__(self, stats: BlendStats) -> None:
         """Count a prompt that was read."""
@@ -84,3 +108,8 @@ class PrometheusMetrics:
             self._share.labels(*self._values).observe(stats.recomputed_tokens / matched)
             for part, histogram in self._parts.items():
                 histogram.labels(*self._values).observe(getattr(stats, part))
+        for tier, nbytes in stats.read_bytes.items():
+            self._read_bytes.labels(*self._values, tier).inc(nbytes)
+            self._read_seconds.labels(*self._values, tier).inc(stats.read_seconds[tier])
+        for name, value in stats.deviation.items():
+            self._deviations[name].labels(*self._values).observe(value)

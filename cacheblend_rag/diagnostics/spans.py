@@ -7,7 +7,7 @@ engine.add_observer(Spans(engine))
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
@@ -40,8 +40,9 @@ class Spans:
         if not stats.started:
             return
         begin = int(stats.started * _NANO)
-        figures = {f"cacheblend.{name}": value for name, value in stats.to_dict().items()}
-        whole = self._tracer.start_span("cacheblend.ttft", start_time=begin, attributes={**self._common, **figures})
+        whole = self._tracer.start_span(
+            "cacheblend.ttft", start_time=begin, attributes={**self._common, **_attributes(stats)}
+        )
         inside = trace.set_span_in_context(whole)
         at = begin
         for part, seconds in parts_of(stats).items():
@@ -50,3 +51,14 @@ class Spans:
                 self._tracer.start_span(f"cacheblend.{part}", context=inside, start_time=at).end(until)
             at = until
         whole.end(begin + int(stats.ttft * _NANO))
+
+
+def _attributes(stats: BlendStats) -> dict[str, Any]:
+    """The fields of stats by name; an attribute holds no dict, so its values have names of their own."""
+    found: dict[str, Any] = {}
+    for name, value in stats.to_dict().items():
+        if isinstance(value, dict):
+            found.update({f"cacheblend.{name}.{key}": inner for key, inner in value.items()})
+        else:
+            found[f"cacheblend.{name}"] = value
+    return found

@@ -314,7 +314,7 @@ class TransformersEngine(Engine):
 
     def _bring(self, chunks: list[str]) -> None:
         for key in self.chunk_keys(chunks):
-            self.library.store.prefetch(key)
+            self._reader.meter.bring(key, self.library.store.prefetch)
 
     def _prompt_ids(self, prompt: Prompt) -> TokenIds:
         if isinstance(prompt, str):

@@ -24,6 +24,7 @@ from cacheblend_rag.matching import Segment
 from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store.codecs import encode
+from cacheblend_rag.store.meter import ReadMeter
 from cacheblend_rag.trace import BlendTrace
 
 logger = logging.getLogger(__name__)
@@ -77,12 +78,14 @@ class PromptReader:
     Attributes:
         counts: Faults survived: ``chunk_fault`` (a matched chunk could not be read) and ``blend_fault`` (an exception
             in the blend; the prompt was prefilled).
+        meter: Reads the chunks.
     """
 
     def __init__(self, loaded: LoadedModel, library: ChunkLibrary) -> None:
         self.counts: Counter[str] = Counter()
         self._loaded = loaded
         self._library = library
+        self.meter = ReadMeter(library.store)
         self._primer_ids = np.asarray(library.scope.primer_ids, np.int32)
         self._primer_kv = loaded.empty_kv(len(self._primer_ids))
         if len(self._primer_ids):
@@ -160,7 +163,10 @@ class PromptReader:
         stats.reused_tokens = len(layout.matched) - len(result.recomputed)
         stats.policy = result.policy
         stats.select, stats.recompute = result.select_seconds, result.recompute_seconds
-        told = None if recorder is None else recorder.trace(layout, result.recomputed)
+        told = None
+        if recorder is not None:
+            told = recorder.trace(layout, result.recomputed)
+            stats.deviation = told.deviation
         return ReadPrompt(forward, result.logits, stats, layout.prefix_segments + layout.segments, told)
 
     def _with_known_chunks(
@@ -180,7 +186,7 @@ class PromptReader:
                 layout = layout.without_segments()
             matched = time.perf_counter()
             forward = self._forward(ids, self._loaded.empty_kv(total))
-            lost = self._load(forward, layout)
+            lost = self._load(forward, layout, stats)
             stats.match += matched - started
             stats.load += time.perf_counter() - matched
             if not lost:
@@ -197,15 +203,16 @@ class PromptReader:
     def _forward(self, ids: TokenIds, kv: torch.Tensor) -> PromptForward:
         return PromptForward(self._loaded.model, torch.from_numpy(ids.astype(np.int64)).to(kv.device), kv)
 
-    def _load(self, forward: PromptForward, layout: PromptLayout) -> set[str]:
+    def _load(self, forward: PromptForward, layout: PromptLayout, stats: BlendStats) -> set[str]:
         """Put cached KV in place; returns the keys of chunks that can't be read, for which places stay empty."""
         forward.place_exact(self._primer_kv[:, :, : layout.prefix])
         lost = set()
         for segment in layout.prefix_segments + layout.segments:
-            chunk = self._library.read(segment.key)
-            if chunk is None:
+            read = self.meter.read(segment.key)
+            if read is None:
                 lost.add(segment.key)
             else:
-                forward.place(chunk, segment.offset, segment.length, segment.start)
+                stats.count_read(read.tier, read.chunk.nbytes, read.seconds)
+                forward.place(read.chunk, segment.offset, segment.length, segment.start)
         forward.exact_tokens = layout.prefix
         return lost

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,42 +11,6 @@ from collections.abc import Sequence
 _LATELY = 16  # reports: a disk's speed depends on who else reads
 _LATE = 2.0  # times as long as expected
 _LOST_SECONDS = 60.0  # the workers have let go of a chunk that does not come for so long
-
-
-class ReadClock:
-    """Times reads by several threads, which together are busy for less than the sum of their times."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._readers = 0
-        self._since = 0.0
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def begin(self) -> None:
-        """A thread begins to read a chunk."""
-        with self._lock:
-            if not self._readers:
-                self._since = time.perf_counter()
-            self._readers += 1
-
-    def end(self, tokens: int) -> None:
-        """It has read so many tokens; none, if it failed."""
-        with self._lock:
-            now = time.perf_counter()
-            self._seconds += now - self._since
-            self._since = now
-            self._tokens += tokens
-            self._readers -= 1
-
-    def take(self) -> tuple[int, float]:
-        """Tokens read since this was last called, and seconds that somebody was reading; (0, 0.0) if none were."""
-        with self._lock:
-            if not self._tokens:
-                return 0, 0.0
-            taken = self._tokens, self._seconds
-            self._tokens, self._seconds = 0, 0.0
-            return taken
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from cacheblend_rag.stats import BlendStats
 
 _SECONDS = ("load", "select", "recompute", "ttft")
 _TOKENS = ("prefix", "reused", "recomputed", "missed")
+_READ = {"bytes": "Bytes of chunk KV that prompts read", "seconds": "Seconds that prompts' chunks took to be read"}
+_DEVIATIONS = {"mean": "Mean", "p95": "95th percentile"}
 _EVENTS = {
     "chunk_faults": "Matched chunks that could not be read",
     "blend_faults": "Blends that failed and were prefilled plainly",
@@ -19,6 +21,7 @@ _EVENTS = {
     "slow_chunks": "Matched chunks on disk that were prefilled, since reading them would have taken longer",
 }
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SQUARES = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 10000.0)
 
 
 class BlendMetrics(KVConnectorStats):
@@ -28,7 +31,7 @@ class BlendMetrics(KVConnectorStats):
         """Forget everything."""
         self.data: dict[str, Any] = {}
 
-    def count(self, event: str, times: int = 1) -> None:
+    def count(self, event: str, times: float = 1) -> None:
         """Count one of the events."""
         if times:
             self.data[event] = self.data.get(event, 0) + times
@@ -41,6 +44,11 @@ class BlendMetrics(KVConnectorStats):
         for part in _SECONDS:
             if part == "ttft" or stats.decision == "blend":
                 self.data.setdefault(f"seconds_{part}", []).append(getattr(stats, part))
+        for tier, nbytes in stats.read_bytes.items():
+            self.count(f"read-bytes_{tier}", nbytes)
+            self.count(f"read-seconds_{tier}", stats.read_seconds[tier])
+        for name, value in stats.deviation.items():
+            self.data.setdefault(f"deviation_{name}", []).append(value)
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add another report to this one."""
@@ -92,6 +100,23 @@ class BlendPromMetrics(KVConnectorPromMetrics):
             )
             for part in _SECONDS
         }
+        self._read = {
+            f"read-{unit}": counter(
+                name=f"vllm:cacheblend_read_{unit}",
+                documentation=f"{text}, by where it was",
+                labelnames=[*labelnames, "tier"],
+            )
+            for unit, text in _READ.items()
+        }
+        self._deviations = {
+            name: histogram(
+                name=f"vllm:cacheblend_deviation_{name}",
+                documentation=f"{text} of the squared distances between fresh and cached values, of a traced blend",
+                buckets=_SQUARES,
+                labelnames=labelnames,
+            )
+            for name, text in _DEVIATIONS.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add a report."""
@@ -105,5 +130,10 @@ class BlendPromMetrics(KVConnectorPromMetrics):
             elif kind == "seconds":
                 for seconds in value:
                     self._seconds[rest].labels(*labels).observe(seconds)
+            elif kind == "deviation":
+                for deviation in value:
+                    self._deviations[rest].labels(*labels).observe(deviation)
+            elif kind in self._read:
+                self._read[kind].labels(*labels, rest).inc(value)
             else:
                 self._events[name].labels(*labels).inc(value)

@@ -89,6 +89,10 @@ class LayerStream:
         self._in_use: list[tuple[Any, object]] = []  # memory that the stream still reads
         self._passes_done = _event()  # of the prompt that was placed last
 
+    def holds(self, key: str) -> bool:
+        """Whether the GPU keeps a copy of a chunk, so that :meth:`place` would not copy it there."""
+        return self._resident.get(key) is not None
+
     def wait(self, layer: int) -> None:
         """Let the current stream wait until a layer is in place."""
         torch.cuda.current_stream().wait_event(self._in_place[layer])

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store import ChunkStore, TieredStore
+from cacheblend_rag.store.base import Tier
 from cacheblend_rag.store.codecs import encode, stored_dtype
+from cacheblend_rag.store.meter import ChunkRead, ReadMeter
 from cacheblend_rag.trace import BlendTrace
-from cacheblend_rag.vllm.costs import ReadClock
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
 from cacheblend_rag.vllm.model import PagedModel
@@ -102,6 +103,7 @@ class _Blend:
         forward: The prompt inside the engine.
         layout: Where the KV of its positions comes from.
         pieces: The chunks of its segments.
+        reads: How chunks were read for it.
         is_planned: Whether the layout is the one that was planned: no chunk was lost.
     """
 
@@ -110,6 +112,7 @@ class _Blend:
     forward: PagedForward
     layout: PromptLayout
     pieces: list[tuple[ChunkKV, Segment]]
+    reads: list[ChunkRead]
     is_planned: bool
 
 
@@ -135,7 +138,7 @@ class WorkerHalf:
         self._library: ChunkLibrary | None = None
         self._logged: set[str] = set()
         self._brought: dict[str, int] = {}
-        self._clock = ReadClock()
+        self._meter = ReadMeter(store)
         self._prefetcher = Prefetcher(self._bring, batch=1, threads=_READERS)
 
     def prefetch(self, keys: Sequence[str]) -> None:
@@ -200,7 +203,7 @@ class WorkerHalf:
 
     def take_read(self) -> tuple[int, float]:
         """Tokens of chunks that were read from disk since this was last called, and seconds that it took."""
-        return self._clock.take() if self._model.is_first_rank else (0, 0.0)
+        return self._meter.clock.take() if self._model.is_first_rank else (0, 0.0)
 
     def _report(
         self,
@@ -216,6 +219,7 @@ class WorkerHalf:
             if trace is not None:
                 try:
                     found = trace()
+                    stats.deviation = found.deviation
                     told["score_range"] = found.score_range
                     if job.trace:
                         told["trace"] = found.to_dict()
@@ -248,36 +252,27 @@ class WorkerHalf:
         for key in keys:
             nbytes = 0  # of one that can't be read: whoever waits for it finds out
             try:
-                chunk = self._get(key, pin=True)
+                chunk = self._meter.bring(key, self._fetch)
                 nbytes = 0 if chunk is None else chunk.nbytes
             finally:
                 self._brought[key] = nbytes
 
-    def _get(self, key: str, *, pin: bool) -> ChunkKV | None:
-        """A chunk, from memory or from disk; how long the latter takes is worth knowing."""
-        from_disk = not isinstance(self._store, TieredStore) or key not in self._store.memory
-        if from_disk:
-            self._clock.begin()
-        tokens = 0
-        try:
-            chunk = self._store.get(key)
-            if chunk is not None:
-                if pin and isinstance(self._store, TieredStore) and self._model.kernel_passes is not None:
-                    self._model.kernel_passes.stream.pinned.pin(chunk)
-                tokens = len(chunk.ids)
-            return chunk
-        finally:
-            if from_disk:
-                self._clock.end(tokens)
+    def _fetch(self, key: str) -> ChunkKV | None:
+        """Bring a chunk to memory and pin it there, which belongs to what reading takes."""
+        chunk = self._store.get(key)
+        if chunk is not None and isinstance(self._store, TieredStore) and self._model.kernel_passes is not None:
+            self._model.kernel_passes.stream.pinned.pin(chunk)
+        return chunk
 
     def _read_chunks(self, job: BlendJob, scope: ChunkScope) -> _Blend:
         stats = BlendStats(len(job.token_ids), decision="blend", reason=job.reason)
         primer_ids = np.asarray(scope.primer_ids, np.int32)
         layout = PromptLayout.after_hit(job.token_ids, job.segments, primer_ids, job.hit)
         unreadable: set[str] = set()
+        reads: list[ChunkRead] = []
         while True:
             segments = layout.prefix_segments + layout.segments
-            pieces = [(self._read(segment.key), segment) for segment in segments]
+            pieces = [(self._read(segment.key, reads), segment) for segment in segments]
             lost = self._model.agree([chunk is None for chunk, _ in pieces])
             if not any(lost):
                 break
@@ -292,7 +287,7 @@ class WorkerHalf:
         stats.segments = len(segments)
         stats.faults = len(unreadable)
         read = [(chunk, segment) for chunk, segment in pieces if chunk is not None]
-        return _Blend(job, stats, self._forward(job), layout, read, not unreadable)
+        return _Blend(job, stats, self._forward(job), layout, read, reads, not unreadable)
 
     def _place(self, blends: Sequence[_Blend]) -> None:
         """Put cached KV in place.
@@ -304,10 +299,16 @@ class WorkerHalf:
         try:
             passes = self._model.kernel_passes
             prompts = [(blend.pieces, blend.forward.block_ids) for blend in blends if blend.pieces]
+            on_gpu: set[str] = set()
+            if prompts and passes is not None:
+                on_gpu = {chunk.key for pieces, _ in prompts for chunk, _ in pieces if passes.stream.holds(chunk.key)}
             if prompts and (passes is None or not passes.stream.place(prompts)):
+                on_gpu.clear()  # no use was made of them
                 for blend in blends:
                     if blend.pieces:
                         blend.forward.place(blend.pieces)
+            for blend in blends:
+                _count_reads(blend, on_gpu)
         except Exception as error:
             self._log_fault("cached KV could not be put in place", error)
             failed = True
@@ -358,16 +359,18 @@ class WorkerHalf:
     def _forward(self, job: BlendJob) -> PagedForward:
         return PagedForward(self._model, torch.from_numpy(job.token_ids.astype(np.int64)), job.block_ids, job.hit)
 
-    def _read(self, key: str) -> ChunkKV | None:
+    def _read(self, key: str, reads: list[ChunkRead]) -> ChunkKV | None:
         try:
-            chunk = self._get(key, pin=False)
+            read = self._meter.read(key)
         except Exception as error:  # on one rank, perhaps: all have to go on to where they agree
             self._log_fault("a chunk can't be read", error)
             return None
-        if chunk is not None:
-            chunk = self._model.own_heads(chunk)  # as a memory tier has done
-            self._brought[key] = chunk.nbytes
-        if chunk is not None and not self._fits(chunk):
+        if read is None:
+            return None
+        reads.append(read)
+        chunk = self._model.own_heads(read.chunk)  # as a memory tier has done
+        self._brought[key] = chunk.nbytes
+        if not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))
             return None
         return chunk
@@ -416,3 +419,10 @@ class WorkerHalf:
             if self._model.kernel_passes is not None:  # now, rather than when the first prompt waits for it
                 self._model.kernel_passes.stream.pinned.pin(kept)
         return written
+
+
+def _count_reads(blend: _Blend, on_gpu: Collection[str]) -> None:
+    """Count what a prompt read; a chunk that was in memory and on the GPU was taken from there."""
+    for read in blend.reads:
+        tier: Tier = "gpu" if read.tier == "memory" and read.chunk.key in on_gpu else read.tier
+        blend.stats.count_read(tier, read.chunk.nbytes, read.seconds)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -59,6 +60,35 @@ def test_metrics_add_up(observed: Case) -> None:
         assert value(f"cacheblend_{part}_seconds_sum") == pytest.approx(expected)
     shares = [one.recomputed_tokens / (one.recomputed_tokens + one.reused_tokens) for one in (stats[0], stats[2])]
     assert value("cacheblend_recomputed_ratio_sum") == pytest.approx(sum(shares))
+    read = sum(one.read_bytes["memory"] for one in (stats[0], stats[2]))
+    assert value("cacheblend_read_bytes_total", tier="memory") == read > 0
+    seconds = sum(one.read_seconds["memory"] for one in (stats[0], stats[2]))
+    assert value("cacheblend_read_seconds_total", tier="memory") == pytest.approx(seconds)
+    assert value("cacheblend_read_bytes_total", tier="disk") is None
+
+
+def test_deviations_of_traced_blends_are_exported(observed: Case) -> None:
+    registry, exporter, provider = CollectorRegistry(), InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    observed.engine.add_observer(PrometheusMetrics(observed.engine, registry))
+    observed.engine.add_observer(Spans(observed.engine, provider))
+    blend = {"policy": "hkvd", "check_layers": (0, 1)}
+    told = observed.engine.generate(observed.prompt(1), max_tokens=1, blend=blend, trace=True)
+    assert observed.engine.generate(observed.prompt(1), max_tokens=1, blend=blend).stats.deviation == {}
+    assert told.trace is not None
+    measured = told.trace.deviations[0]  # of all that matched; layer 1 is looked at for some of them only
+    assert len(measured.values) == told.stats.reused_tokens + told.stats.recomputed_tokens
+    assert told.stats.deviation["mean"] == pytest.approx(measured.values.mean(), rel=1e-5)
+    assert told.stats.deviation["p95"] == pytest.approx(np.percentile(measured.values, 95), rel=1e-5)
+    labels = {"model": observed.engine.model_name, "namespace": observed.engine.scope.namespace}
+    for name, value in told.stats.deviation.items():
+        assert registry.get_sample_value(f"cacheblend_deviation_{name}_count", labels) == 1
+        assert registry.get_sample_value(f"cacheblend_deviation_{name}_sum", labels) == value
+    whole = [span for span in exporter.get_finished_spans() if span.name == "cacheblend.ttft"]
+    assert [(span.attributes or {}).get("cacheblend.deviation.p95") for span in whole] == [
+        told.stats.deviation["p95"],
+        None,
+    ]
 
 
 def test_spans_are_inside_each_other(observed: Case) -> None:
@@ -75,6 +105,8 @@ def test_spans_are_inside_each_other(observed: Case) -> None:
     assert whole.attributes is not None
     assert whole.attributes["cacheblend.recomputed_tokens"] == stats.recomputed_tokens
     assert whole.attributes["cacheblend.decision"] == "blend"
+    assert whole.attributes["cacheblend.read_bytes.memory"] == stats.read_bytes["memory"]
+    assert whole.attributes["cacheblend.read_seconds.memory"] == stats.read_seconds["memory"]
     assert whole.start_time is not None and whole.end_time is not None
     assert whole.end_time - whole.start_time == pytest.approx(stats.ttft * 1e9, abs=1e4)
     assert before - 0.01 < whole.start_time / 1e9 < whole.end_time / 1e9 < time.time()  # before the other 8 tokens

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheblend_rag.vllm.costs import DiskChunk, DiskCosts, ReadClock
+from cacheblend_rag.store.meter import ReadClock
+from cacheblend_rag.vllm.costs import DiskChunk, DiskCosts
 
 disk_chunks = st.lists(
     st.builds(DiskChunk, st.uuids().map(str), st.integers(0, 4096), st.floats(0, 4096)), max_size=8, unique_by=repr

@@ -393,7 +393,18 @@ def test_requests_wait_for_disk_outside_of_steps(case: Case, slow_disk: tuple[th
     assert set(readers) == {"cacheblend-prefetch"}
     assert meanwhile.token_ids and early == [False, False]
     assert [answer.stats.decision for answer in answers] == ["blend"] * 2
-    assert_alike(answers, alone(case, [case.prompt(seed) for seed in (0, 1)], **settings))
+    again = alone(case, [case.prompt(seed) for seed in (0, 1)], **settings)
+    assert_alike(answers, again)
+    # What both need was read once, for the first of them; what is in memory now is not read from disk again.
+    used = [case.engine.chunk_keys(CHUNKS).index(key) for seed in (0, 1) for key in keys_in(case, case.prompt(seed))]
+    store = connectors(engine)[1]._worker._store
+    size = [store.memory.get(key).nbytes if key in store.memory else 0 for key in engine.chunk_keys(CHUNKS)]
+    assert len(set(used)) < len(used)
+    assert sum(one.stats.read_bytes["disk"] for one in answers) == sum(size[n] for n in set(used))
+    assert sum(sum(one.stats.read_bytes.values()) for one in answers) == sum(size[n] for n in used)
+    assert all(one.stats.read_seconds["disk"] > 0 for one in answers)
+    assert [list(one.stats.read_bytes) for one in again] == [["memory"]] * 2
+    assert sum(one.stats.read_bytes["memory"] for one in again) == sum(size[n] for n in used)
 
 
 AUTO: dict[str, Any] = {"mode": "auto", "min_reused_tokens": 0}
@@ -642,7 +653,11 @@ def test_without_memory_steps_read_what_is_sooner_read(engines: Engines, model: 
     engine.warm(CHUNKS)
     case = Case(engine, CHUNKS)
     half = connectors(engine)[0]._scheduler
-    assert engine.generate(case.prompt(0), max_tokens=1, blend=AUTO).stats.decision == "blend"
+    stats = engine.generate(case.prompt(0), max_tokens=1, blend=AUTO).stats
+    assert stats.decision == "blend"
+    kept = [connectors(engine)[1]._worker._store.get(key) for key in keys_in(case, case.prompt(0))]
+    assert stats.read_bytes == {"disk": sum(chunk.nbytes for chunk in kept)}
+    assert 0 < stats.read_seconds["disk"] < stats.load
     step(case)
     assert half.costs.prefill == connectors(engine)[1]._found.prefill_seconds > 0  # what the worker timed has been told
     assert half.costs._reads  # the step's own reads

@@ -237,12 +237,15 @@ def test_warming_by_any_client(served: str, bare: str, engine: ServerEngine) -> 
 def test_metrics(served: str, engine: ServerEngine) -> None:
     before = {kind: metric(served, "prompt_tokens_total", source=kind) for kind in ("reused", "missed")}
     requests = metric(served, "requests_total", decision="blend")
+    read = metric(served, "read_bytes_total", tier="memory")
     stats = engine.generate(prompt(40), max_tokens=1).stats
     assert stats.decision == "blend"
     time.sleep(0.5)
     assert metric(served, "requests_total", decision="blend") == requests + 1
     assert metric(served, "prompt_tokens_total", source="reused") == before["reused"] + stats.reused_tokens
     assert metric(served, "prompt_tokens_total", source="missed") == before["missed"] + stats.missed_tokens
+    assert metric(served, "read_bytes_total", tier="memory") == read + stats.read_bytes["memory"] > read
+    assert metric(served, "read_seconds_total", tier="memory") >= stats.read_seconds["memory"] > 0
     assert metric(served, "ttft_seconds_count") >= metric(served, "recompute_seconds_count") > 0
     assert metric(served, "warmed_chunks_total") >= len(CHUNKS)
 
@@ -406,6 +409,45 @@ def test_what_a_blend_chose_is_told(engine: ServerEngine) -> None:
     assert last.generation is not None
     assert last.generation.trace is not None
     assert len(last.generation.trace.recomputed) == last.generation.stats.recomputed_tokens > 20
+    assert whole.stats.deviation == {}  # the question's attention was measured, no deviations
+
+
+def test_deviations_of_traced_blends_are_exported(served: str, engine: ServerEngine) -> None:
+    told = engine.generate(prompt(41), max_tokens=1, blend={"policy": "hkvd"}, trace=True)
+    assert told.trace is not None
+    assert told.stats.deviation == told.trace.deviation
+    assert 0 < told.stats.deviation["mean"] < told.stats.deviation["p95"]
+    time.sleep(0.5)
+    assert metric(served, "deviation_mean_count") == 1
+    assert metric(served, "deviation_p95_sum") == pytest.approx(told.stats.deviation["p95"])
+
+
+def test_a_guard_compares_answers_of_the_server(engine: ServerEngine) -> None:
+    """From what a server tells: the most likely tokens, of answers to texts and to token ids."""
+    seen: list[BlendStats] = []
+    engine.add_observer(seen.append)
+    engine.watch(1.0)
+    guard = engine.guard
+    assert guard is not None
+    try:
+        found = []
+        for count, (asked, ratio) in enumerate(
+            [(prompt(30), 0.0), (engine._prompt_ids(prompt(31)), 0.0), (prompt(32), 1.0)]
+        ):
+            answer = engine.generate(asked, max_tokens=5, blend={"recompute_ratio": ratio})
+            assert answer.stats.decision == "blend"
+            until = time.monotonic() + 60
+            while guard.report().compared == count:
+                assert time.monotonic() < until
+                assert guard.report().failed == 0
+                time.sleep(0.01)
+            found.append(guard._found[-1])
+        assert min(found[:2]) > 1e-4
+        assert found[2] < 1e-5  # recomputing everything is full prefill
+        assert len(seen) == 3  # what the guard asks is not among the answers
+    finally:
+        guard.close()
+        engine.guard, engine._observers = None, ()
 
 
 def test_a_stop_string_ends_the_answer(engine: ServerEngine) -> None:
