@@ -17,6 +17,7 @@ from typing import Any
 
 import cacheblend_rag
 from cacheblend_rag.divergence import divergence
+from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.errors import CacheBlendError, ChunkTooLongError, ConfigError, PromptTooLongError
 from cacheblend_rag.model_profile import ModelProfile
@@ -169,7 +170,7 @@ def wins_and_losses(kl: Sequence[float], baseline: Sequence[float]) -> tuple[int
     return sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
 
 
-def render_question(engine: TransformersEngine, passages: Sequence[str], question: str) -> str:
+def render_question(engine: Engine, passages: Sequence[str], question: str) -> str:
     """A prompt that asks a question about some passages, by the model's chat template if it has one."""
     content = "\n\n".join([_INSTRUCTION, *passages, f"Question: {question}"])
     try:

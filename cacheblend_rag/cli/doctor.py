@@ -10,17 +10,20 @@ import typer
 
 from cacheblend_rag.cli import engine as options
 from cacheblend_rag.cli.console import count_progress, print_json, print_note, working
-from cacheblend_rag.errors import ChunkTooLongError, PromptTooLongError, UnsupportedModelError
+from cacheblend_rag.errors import ChunkTooLongError, PromptTooLongError, ServerError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.diagnostics.checks import Check
     from cacheblend_rag.diagnostics.prompts import UserPrompt
-    from cacheblend_rag.diagnostics.sweep import AskedPrompt, SweepResult
-    from cacheblend_rag.engines.transformers import TransformersEngine
+    from cacheblend_rag.diagnostics.subjects import Subject
+    from cacheblend_rag.diagnostics.sweep import SweepResult
 
 
 def doctor(
     model: options.Model,
+    engine: options.EngineName = "transformers",
+    base_url: options.BaseUrl = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -28,7 +31,7 @@ def doctor(
             "-s",
             metavar="DIR",
             parser=options.directory,
-            help="Chunk store to check, and to make prompts from.",
+            help="Chunk store to check, and to make prompts from; with --engine server its catalogue.",
         ),
     ] = None,
     prompts: Annotated[
@@ -42,8 +45,8 @@ def doctor(
     max_kl: Annotated[
         float, typer.Option(min=0.0, help="How near to full prefill answers must be: KL in nats a token, the mean.")
     ] = 0.1,
-    ratio: options.Ratio = 0.15,
-    policy: Annotated[str, typer.Option(help="How tokens are chosen for that.")] = "query_aware",
+    ratio: options.Ratio = None,
+    policy: Annotated[str | None, typer.Option(help="How tokens are chosen for that.")] = None,
     namespace: options.Namespace = "default",
     primer: options.Primer = None,
     codec: options.Codec = "raw",
@@ -53,21 +56,18 @@ def doctor(
 ) -> None:
     """Check a set-up, and compare blending with full prefill on prompts: how near, how soon, with which setting.
 
-    The model runs in this process. Ends with 1 if a check fails.
+    Without --ratio and --policy it is the engine's own setting that is checked. Ends with 1 if a check fails.
     """
     from cacheblend_rag import BlendConfig
-    from cacheblend_rag.diagnostics.checks import (
-        Check,
-        cannot_be_opened,
-        check_model,
-        check_store,
-        check_versions,
-    )
+    from cacheblend_rag.diagnostics.checks import Check, cannot_be_opened, check_versions
     from cacheblend_rag.diagnostics.doctor import judge, verdict
     from cacheblend_rag.diagnostics.prompts import read_prompts
+    from cacheblend_rag.diagnostics.subjects import examine
 
-    blend = BlendConfig(recompute_ratio=ratio, policy=policy)
-    own = None if prompts is None else read_prompts(prompts)  # what is wrong with it is told before anything is loaded
+    chosen = {"recompute_ratio": ratio, "policy": policy}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    BlendConfig().with_overrides(given)  # what is wrong with it is told before anything is loaded
+    own = None if prompts is None else read_prompts(prompts)  # so it is here
     checks = [check_versions()]
     found: SweepResult | None = None
     unreadable = cannot_be_opened(store)
@@ -78,42 +78,34 @@ def doctor(
                 options.open_engine(
                     model,
                     usable,
-                    engine="transformers",
-                    base_url=None,
+                    engine=engine,
+                    base_url=base_url,
                     namespace=namespace,
                     codec=codec,
                     primer=primer,
                     dtype=dtype,
                     device=device,
-                    blend=blend,
                 )
             )
         except UnsupportedModelError as error:
-            checks.append(Check("model", False, str(error), "serve it without this package, or choose another"))
+            plain = "start it with cacheblend serve" if engine == "server" else "serve it without this package"
+            checks.append(Check("model", False, str(error), f"{plain}, or choose another"))
+        except ServerError as error:
+            checks.append(Check("server", False, str(error), "start it, or give the --base-url that it has"))
         else:
-            from cacheblend_rag.engines.transformers import TransformersEngine
-
-            assert isinstance(loaded, TransformersEngine)
-            checks.append(check_model(loaded))
-            with working("checking the model"):
-                checks += _check_exactness(loaded)
-                checks += [unreadable] if unreadable else check_store(store, loaded)
+            subject = stack.enter_context(contextlib.closing(examine(loaded, engine)))
             try:
-                found = _sweep(loaded, stack, usable, own, count)
+                with working("checking the model"):
+                    checks += _check(subject, usable, unreadable)
+                if checks[1].ok:
+                    found = _sweep(subject, usable, own, count, loaded.blend.with_overrides(given))
             except (ChunkTooLongError, PromptTooLongError) as error:
                 checks.append(Check("prompts", False, str(error), "shorter ones, or fewer passages in each"))
             else:
-                checks += judge(found, most_kl=max_kl)
+                checks += [] if found is None else judge(found, most_kl=max_kl)
     said = verdict(checks, None if found is None else found.cheapest(max_kl))
     if json:
-        print_json(
-            {
-                "checks": [{"name": c.name, "ok": c.ok, "figure": c.figure, "advice": c.advice} for c in checks],
-                "settings": [] if found is None else [setting.to_dict() for setting in found.settings],
-                "answers": [] if found is None else [{"full": full, "blended": mine} for full, mine in found.answers],
-                "verdict": said,
-            }
-        )
+        print_json(_as_json(checks, found, said))
     else:
         _print(checks, found, max_kl)
         typer.echo(said)
@@ -121,37 +113,44 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _check_exactness(engine: TransformersEngine) -> list[Check]:
-    from cacheblend_rag.diagnostics.checks import check_exactness
-    from cacheblend_rag.diagnostics.prompts import fitting
-    from cacheblend_rag.profiling_data import passages_of, read_questions
+def _check(subject: Subject, store: Path | None, unreadable: Check | None) -> list[Check]:
+    """All checks of the set-up, the model's first: without it there are no others."""
+    from cacheblend_rag.diagnostics.prompts import sample_prompt
 
-    questions = read_questions()
-    return check_exactness(engine, *fitting(engine, passages_of(questions, 0), questions[0].text))
+    model = subject.check_model()
+    if not model.ok:
+        return [model]
+    prompt, chunks = sample_prompt(subject, 0)
+    subject.warm(chunks)
+    checks = [model, *subject.check_exactness(prompt, chunks)]
+    return [*checks, *([unreadable] if unreadable else subject.check_store(store))]
 
 
 def _sweep(
-    engine: TransformersEngine,
-    stack: contextlib.ExitStack,
-    store: Path | None,
-    prompts: list[UserPrompt] | None,
-    count: int,
+    subject: Subject, store: Path | None, prompts: list[UserPrompt] | None, count: int, default: BlendConfig
 ) -> SweepResult:
     from cacheblend_rag.diagnostics.prompts import asked_prompts, prompts_of_store, sample_prompts
     from cacheblend_rag.diagnostics.sweep import settings_to_try, sweep
-    from cacheblend_rag.store import open_store
 
-    beside = stack.enter_context(engine.beside(open_store(None)))
-    asked: list[AskedPrompt] = []
     if prompts is not None:
-        asked = asked_prompts(prompts, engine, beside)
-    elif store is not None and engine.stored_keys():
-        asked = prompts_of_store(engine, store, count)
+        asked = asked_prompts(prompts, subject)
+    else:
+        asked = [] if store is None else prompts_of_store(subject, store, count)
     if not asked:
         print_note("note: the prompts are sample text: give --prompts FILE, or a --store that was ingested")
-        asked = sample_prompts(beside, count)
+        asked = sample_prompts(subject, count)
     with count_progress("prompt") as show:
-        return sweep(asked, settings_to_try(engine.blend, engine.num_layers), show)
+        return sweep(asked, settings_to_try(default, subject.engine.num_layers), show)
+
+
+def _as_json(checks: list[Check], found: SweepResult | None, said: str) -> dict[str, Any]:
+    return {
+        "checks": [{"name": c.name, "ok": c.ok, "figure": c.figure, "advice": c.advice} for c in checks],
+        "kl_is_lower_bound": found is not None and found.kl_is_bound,
+        "settings": [] if found is None else [setting.to_dict() for setting in found.settings],
+        "answers": [] if found is None else [{"full": full, "blended": mine} for full, mine in found.answers],
+        "verdict": said,
+    }
 
 
 def _print(checks: list[Check], found: SweepResult | None, max_kl: float) -> None:
@@ -167,7 +166,8 @@ def _print(checks: list[Check], found: SweepResult | None, max_kl: float) -> Non
         return
     cheapest = found.cheapest(max_kl)
     figures = Table(title=f"{len(found.answers)} prompts")
-    for column in ("setting", "KL a token", "same token", "share of full prefill's TTFT", "largest part"):
+    kl = "KL a token, at least" if found.kl_is_bound else "KL a token"
+    for column in ("setting", kl, "same token", "share of full prefill's TTFT", "largest part"):
         figures.add_column(column, justify="left" if column == "setting" else "right")
     for setting in found.settings:
         plain: dict[str, Any] = setting.to_dict()

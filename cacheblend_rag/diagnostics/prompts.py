@@ -11,54 +11,68 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from cacheblend_rag.catalog import FILE_NAME, Catalog
-from cacheblend_rag.diagnostics.sweep import ANSWER_TOKENS, AskedPrompt
+from cacheblend_rag.diagnostics.comparing import ANSWER_TOKENS
+from cacheblend_rag.diagnostics.sweep import AskedPrompt
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.profiling import render_question
 from cacheblend_rag.profiling_data import passages_of, read_questions
 
 if TYPE_CHECKING:
-    from cacheblend_rag.engines.transformers import TransformersEngine
+    from cacheblend_rag.diagnostics.subjects import Subject
+    from cacheblend_rag.engines.base import Engine
 
 _PASSAGES = 6
+_CONSIDERED = 256  # texts of a store that prompts are made from: each is asked for whether it is warm
+_NEW = 32  # tokens that may come in front of a prompt, see Comparison.unread
 _QUOTED = 4  # words of a passage in a question: more would be found as a run of it
 
 
-def sample_prompts(engine: TransformersEngine, count: int) -> list[AskedPrompt]:
-    """Prompts about things that don't exist, out of this package.
+def sample_prompt(subject: Subject, number: int) -> tuple[str, list[str]]:
+    """A prompt about things that don't exist, out of this package, and the chunks that it holds."""
+    questions = read_questions()
+    passages = [f"{subject.tag}{passage}" for passage in passages_of(questions, number)]
+    return fitting(subject.engine, passages, questions[number].text)
+
+
+def sample_prompts(subject: Subject, count: int) -> list[AskedPrompt]:
+    """Some such prompts, all of them warm.
 
     Args:
-        engine: Its store may be written to: the passages are warmed.
+        subject: Whose model is to answer them.
         count: Most prompts.
+
+    Raises:
+        ChunkTooLongError: a passage does not fit the context.
     """
-    questions = read_questions()
     made = []
-    for number in range(min(count, len(questions))):
-        prompt, passages = fitting(engine, passages_of(questions, number), questions[number].text)
-        engine.warm(passages)
-        made.append(AskedPrompt(prompt, engine))
+    for number in range(min(count, len(read_questions()))):
+        prompt, passages = sample_prompt(subject, number)
+        made.append(_asked(subject, prompt, subject.warm(passages)))
     return made
 
 
-def prompts_of_store(engine: TransformersEngine, store: Path, count: int) -> list[AskedPrompt]:
+def prompts_of_store(subject: Subject, store: Path, count: int) -> list[AskedPrompt]:
     """Prompts out of the texts of a store's catalogue, in random order, always the same; none if it has none."""
+    engine = subject.engine
     if not (store / FILE_NAME).exists():  # to open one would make it
         return []
     with contextlib.closing(Catalog(store, engine.scope)) as catalog:
         texts = [text for source in catalog.sources() for text in catalog.texts(source)]
-    texts = [text for text, warm in zip(texts, engine.is_warm(texts), strict=True) if warm]
     chance = random.Random(0)
+    texts = chance.sample(texts, min(_CONSIDERED, len(texts)))
+    texts = [text for text, warm in zip(texts, engine.is_warm(texts), strict=True) if warm]
     made = []
     for _ in range(count if texts else 0):
         passages = chance.sample(texts, min(_PASSAGES, len(texts)))
         beginning = " ".join(chance.choice(passages).split()[:_QUOTED])
         question = f'What else do the passages say about "{beginning}"?'
-        made.append(AskedPrompt(fitting(engine, passages, question)[0], engine))
+        made.append(_asked(subject, fitting(engine, passages, question)[0], engine))
     return made
 
 
-def fitting(engine: TransformersEngine, passages: list[str], question: str) -> tuple[str, list[str]]:
+def fitting(engine: Engine, passages: list[str], question: str) -> tuple[str, list[str]]:
     """A prompt that leaves room for an answer, and those of the passages, the first ones, that it holds."""
-    room = engine.context_window - ANSWER_TOKENS
+    room = engine.context_window - ANSWER_TOKENS - _NEW
     while len(engine.token_ids(prompt := render_question(engine, passages, question))) > room and len(passages) > 1:
         passages = passages[:-1]
     return prompt, passages
@@ -106,15 +120,12 @@ def read_prompts(path: Path) -> list[UserPrompt]:
     return made
 
 
-def asked_prompts(
-    prompts: Sequence[UserPrompt], engine: TransformersEngine, beside: TransformersEngine
-) -> list[AskedPrompt]:
+def asked_prompts(prompts: Sequence[UserPrompt], subject: Subject) -> list[AskedPrompt]:
     """The user's prompts for the engines that know their chunks.
 
     Args:
-        prompts: What was read.
-        engine: What knows the store's chunks.
-        beside: Its store may be written to: passages are warmed there.
+        prompts: What was read. Chunks of whole prompts are in the store, or not known; passages are warmed.
+        subject: Whose model is to answer them.
 
     Raises:
         ChunkTooLongError: a passage does not fit the context.
@@ -122,11 +133,15 @@ def asked_prompts(
     made = []
     for prompt in prompts:
         if prompt.passages:
-            beside.warm(prompt.passages)
-            made.append(AskedPrompt(render_question(beside, prompt.passages, prompt.text), beside))
+            engine = subject.warm(prompt.passages)
+            made.append(_asked(subject, render_question(engine, prompt.passages, prompt.text), engine))
         else:
-            made.append(AskedPrompt(prompt.text, engine))
+            made.append(_asked(subject, prompt.text, subject.engine))
     return made
+
+
+def _asked(subject: Subject, text: str, engine: Engine) -> AskedPrompt:
+    return AskedPrompt(text, engine, subject.comparison(engine))
 
 
 def _parse(record: Any, place: str) -> UserPrompt:

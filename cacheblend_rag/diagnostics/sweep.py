@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_rag.config import DEFAULT_RATIO, BlendConfig
-from cacheblend_rag.divergence import divergence
+from cacheblend_rag.diagnostics.comparing import ANSWER_TOKENS, Comparison
+from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.stats import PARTS, BlendStats
 
 if TYPE_CHECKING:
-    from cacheblend_rag.engines.transformers import TransformersEngine
-
-ANSWER_TOKENS = 16
-"""Most tokens of an answer."""
+    from cacheblend_rag.engines.base import Engine
 
 _OFF = {"mode": "off"}
 
@@ -28,10 +26,12 @@ class AskedPrompt:
     Attributes:
         text: All of it.
         engine: What knows its chunks.
+        comparison: How its answers are compared.
     """
 
     text: str
-    engine: TransformersEngine
+    engine: Engine
+    comparison: Comparison
 
 
 @dataclasses.dataclass
@@ -96,10 +96,12 @@ class SweepResult:
     Attributes:
         settings: The default first.
         answers: What full prefill and the default setting answer, prompt by prompt.
+        kl_is_bound: Whether the KL divergence is the least that it can be, and not what it is.
     """
 
     settings: list[SettingFigures]
     answers: list[tuple[str, str]]
+    kl_is_bound: bool = False
 
     @property
     def default(self) -> SettingFigures:
@@ -133,26 +135,33 @@ def sweep(
         prompts: At least one; their engines are of one model.
         settings: At least one, the default first.
         progress: Called with (prompts done, prompts in all) after each.
+
+    Raises:
+        CacheBlendError: an engine does not tell how long a prompt took.
     """
-    found = SweepResult([SettingFigures(dict(setting)) for setting in settings], [])
+    is_bound = any(prompt.comparison.is_bound for prompt in prompts)
+    found = SweepResult([SettingFigures(dict(setting)) for setting in settings], [], is_bound)
     for number, prompt in enumerate(prompts):
-        engine = prompt.engine
-        full = engine.generate(prompt.text, max_tokens=ANSWER_TOKENS, blend=_OFF)
-        expected = engine.score(prompt.text, [full.token_ids], blend=_OFF).logits[0].double().log_softmax(-1)
+        expected = prompt.comparison.expect(prompt.text)
         for setting in found.settings:
             blend = {"mode": "blend", **setting.blend}
-            logits = engine.score(prompt.text, [full.token_ids], blend=blend).logits[0]
-            setting.kl.append(divergence(expected, logits) / len(logits))
-            same = expected.argmax(-1) == logits.argmax(-1)
-            setting.agreement.append(float(same.double().mean()))
+            nearness = expected.compare(blend)
+            setting.kl.append(nearness.kl)
+            setting.agreement.append(nearness.agreement)
             # Plain prefill again and again, right before: a machine's speed changes.
-            setting.full_ttft.append(engine.generate(prompt.text, max_tokens=1, blend=_OFF).stats.ttft)
-            answer = engine.generate(
-                prompt.text, max_tokens=ANSWER_TOKENS if setting is found.default else 1, blend=blend
-            )
-            setting.ttft.append(answer.stats.ttft)
-            setting.stats.append(answer.stats)
-            if setting is found.default:
-                found.answers.append((full.text, answer.text))
+            setting.full_ttft.append(_read(prompt, _OFF).ttft)
+            setting.stats.append(_read(prompt, blend))
+            setting.ttft.append(setting.stats[-1].ttft)
+        default = {"mode": "blend", **found.default.blend}
+        blended = prompt.engine.generate(prompt.text, max_tokens=ANSWER_TOKENS, blend=default)
+        found.answers.append((expected.answer.text, blended.text))
         progress(number + 1, len(prompts))
     return found
+
+
+def _read(prompt: AskedPrompt, blend: dict[str, Any]) -> BlendStats:
+    """How a prompt is read that the engine has not read before, with the time that it takes."""
+    stats = prompt.engine.generate(prompt.comparison.unread(prompt.text), max_tokens=1, blend=blend).stats
+    if not stats.ttft:
+        raise CacheBlendError(f"nothing can be timed: {stats.reason}")
+    return stats

@@ -340,6 +340,11 @@ class Engine(abc.ABC):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, special ones included."""
 
+    def token_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, special ones included, as it is read."""
+        self._check_open()
+        return [int(token) for token in self._prompt_ids(prompt)]
+
     @abc.abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens in a text, without special tokens."""

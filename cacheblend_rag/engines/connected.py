@@ -17,6 +17,10 @@ class ConnectedEngine(Engine):
     def _ask(self, action: Action, value: Any, ids: Sequence[int] = (0,)) -> dict[str, Any]:
         """The connector's answer to a request for an action, its prompt being ``ids``."""
 
+    def describe(self) -> dict[str, Any]:
+        """What the connector tells of itself: its version, the model's fingerprint, primer, namespace, settings."""
+        return self._ask("describe", True)
+
     def evict_keys(self, keys: Sequence[str]) -> int:
         """See :meth:`Engine.evict_keys`."""
         return sum(self._ask("evict_keys", some)["evicted"] for some in _batches(keys))

@@ -38,7 +38,7 @@ from cacheblend_rag.vllm.compat import check_version
 from cacheblend_rag.vllm.messages import BlendJob, FoundAtStart, StepJobs, WorkerReports
 from cacheblend_rag.vllm.metrics import BlendMetrics, BlendPromMetrics
 from cacheblend_rag.vllm.model import PagedModel, find_model
-from cacheblend_rag.vllm.probe import measure_blend, measure_prefill, probe, probed_kernel_passes
+from cacheblend_rag.vllm.probe import measure_blend, measure_prefill, measure_shift, probe, probed_kernel_passes
 from cacheblend_rag.vllm.scheduler_half import SchedulerHalf
 from cacheblend_rag.vllm.settings import ConnectorSettings
 from cacheblend_rag.vllm.support import check_supported
@@ -180,7 +180,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._worker = WorkerHalf(model, self._open_store())
         prefill_seconds = measure_prefill(model)
         blend_seconds = None if prefill_seconds is None else measure_blend(model, prefill_seconds)
-        self._found = FoundAtStart("", prefill_seconds, blend_seconds)
+        self._found = FoundAtStart("", prefill_seconds, blend_seconds, measure_shift(model))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """See the base class. What vLLM carries to the scheduler before it serves."""

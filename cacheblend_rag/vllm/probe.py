@@ -67,6 +67,19 @@ def probe(model: PagedModel) -> None:
 
 
 @torch.inference_mode()
+def measure_shift(model: PagedModel) -> tuple[float, ...]:
+    """How far shifted keys are from those computed there, in each layer, as a share of the layer's largest key."""
+    token_ids, places, block_ids = _text(model)
+    forward = PagedForward(model, token_ids, block_ids, 0)
+    table = torch.tensor(block_ids, device=model.kv.device)
+    run_rows(model, token_ids, places, places + _SHIFT, table)
+    moved = forward.read(0, _TOKENS)
+    run_rows(model, token_ids, places, places, table)
+    shifted = _shifted(model, forward.read(0, _TOKENS), block_ids)
+    return tuple(_relative(one[0], other[0]) for one, other in zip(shifted, moved, strict=True))
+
+
+@torch.inference_mode()
 def probed_kernel_passes(model: PagedModel, gpu_bytes: int, codec: str) -> KernelPasses | None:
     """The fast way to run scattered rows, if every rank can have it and it gives what the simple way gives.
 
@@ -257,16 +270,9 @@ def _kernel_errors(model: PagedModel, passes: KernelPasses, codec: str) -> dict[
 
 def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
     """What may be wrong, by how much it is, and how many times the tolerance it may be."""
-    device = model.kv.device
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(model.vllm_config.model_config.get_vocab_size(), (_TOKENS,), generator=generator).to(
-        device
-    )
-    blocks = -(-2 * _TOKENS // model.kv.block_size)
-    block_ids = list(range(1, blocks + 1))  # block 0 is the null block
+    token_ids, places, block_ids = _text(model)
     forward = PagedForward(model, token_ids, block_ids, 0)
-    places = torch.arange(_TOKENS, device=device)
-    table = torch.tensor(block_ids, device=device)
+    table = torch.tensor(block_ids, device=model.kv.device)
 
     moved_hidden = run_rows(model, token_ids, places, places + _SHIFT, table)
     moved = forward.read(0, _TOKENS)
@@ -275,17 +281,32 @@ def _errors(model: PagedModel) -> dict[str, tuple[float, int]]:
     some = places[1::2]
     gaps = run_rows(model, token_ids[some], some, some, table)
 
-    scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
-    chunk = ChunkKV("", scope, np.zeros(_TOKENS, np.int32), 0, kv.cpu())
-    later = PagedForward(model, torch.zeros(2 * _TOKENS, dtype=torch.int64), block_ids, 0)
-    later.place([(chunk, Segment(_SHIFT, _TOKENS, "", 0))])
-    shifted = later.read(_SHIFT, _SHIFT + _TOKENS)
+    shifted = _shifted(model, kv, block_ids)
     return {
         "its keys can't be shifted to other positions": (_relative(shifted[0, 0], moved[0, 0]), 1),
         "a pass over some tokens changes what it computes": (_relative(gaps, hidden[1::2]), _THROUGH_LAYERS),
         "what it computes depends on absolute positions": (_relative(moved_hidden, hidden), _THROUGH_LAYERS),
         "keys of deeper layers can't be shifted": (_relative(shifted, moved), _THROUGH_LAYERS),
     }
+
+
+def _text(model: PagedModel) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Tokens of some text, int64 ``[tokens]``, their places, and blocks with room for twice as many."""
+    device = model.kv.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.vllm_config.model_config.get_vocab_size()
+    token_ids = torch.randint(vocabulary, (_TOKENS,), generator=generator).to(device)
+    blocks = -(-2 * _TOKENS // model.kv.block_size)
+    return token_ids, torch.arange(_TOKENS, device=device), list(range(1, blocks + 1))  # block 0 is the null block
+
+
+def _shifted(model: PagedModel, kv: torch.Tensor, block_ids: list[int]) -> torch.Tensor:
+    """The KV of the text as a chunk is put some positions further on."""
+    scope = ChunkScope("probe", ModelFingerprint("", "", "", "", ""), ())
+    chunk = ChunkKV("", scope, np.zeros(_TOKENS, np.int32), 0, kv.cpu())
+    later = PagedForward(model, torch.zeros(2 * _TOKENS, dtype=torch.int64), block_ids, 0)
+    later.place([(chunk, Segment(_SHIFT, _TOKENS, "", 0))])
+    return later.read(_SHIFT, _SHIFT + _TOKENS)
 
 
 def _tolerance(model: PagedModel) -> float:

@@ -141,6 +141,7 @@ class SchedulerHalf:
         self._primer_ids = np.asarray(library.scope.primer_ids, np.int32)
         self._num_layers = num_layers
         self._overhead = 0  # see decide()
+        self._shift_errors: list[float] = []  # see FoundAtStart
         self._context_window = context_window
         self._block_size = block_size
         self._step_rows = step_rows
@@ -166,6 +167,7 @@ class SchedulerHalf:
         prefill = max((one.prefill_seconds for one in found if one.prefill_seconds is not None), default=None)
         blend = max((one.blend_seconds for one in found if one.blend_seconds is not None), default=None)
         self.costs.prefill = prefill
+        self._shift_errors = [max(of_ranks) for of_ranks in zip(*(one.shift_errors for one in found), strict=False)]
         self._overhead = 0 if prefill is None or blend is None else math.ceil(blend / prefill)
 
     def new_request(self, request: Any) -> None:
@@ -595,6 +597,7 @@ class SchedulerHalf:
             "num_layers": self._num_layers,
             "context_window": self._context_window,
             "blend": self._settings.to_extra_config()["blend"],
+            "shift_errors": self._shift_errors,
         }
 
     def _warm_answer(self, plan: _Plan, report: dict[str, Any] | None) -> dict[str, Any]:
