@@ -25,6 +25,10 @@ class StoreError(CacheBlendError, OSError):
     """The chunk store can't be opened or written (permissions, full disk, not a store)."""
 
 
+class EngineMemoryError(CacheBlendError, MemoryError):
+    """A device's memory is full; the message names the settings to change. The engine goes on."""
+
+
 class EngineClosedError(CacheBlendError, RuntimeError):
     """An engine was used after it was closed."""
 

@@ -33,7 +33,7 @@ from cacheblend_rag.model_profile import read_question_layers
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.primer import DEFAULT_PRIMER
 from cacheblend_rag.stats import BlendStats, FinishReason, Generation, StreamPiece, WarmReport
-from cacheblend_rag.store import ChunkStore
+from cacheblend_rag.store import ChunkStore, MemoryStore, TieredStore
 from cacheblend_rag.store.codecs import check_codec
 from cacheblend_rag.structured import structural_tag
 
@@ -122,6 +122,7 @@ class TransformersEngine(Engine):
             blend.recompute_ratio,
             store,
         )
+        logger.info("memory on %s: %s", self._loaded.model.device, self._loaded.plan_memory(_memory_of(store)))
 
     def beside(self, store: ChunkStore) -> TransformersEngine:
         """An engine of the same loaded model with another store, so that nothing is tried in the user's.
@@ -419,3 +420,9 @@ class TransformersEngine(Engine):
                 trace=prompt_read.trace if params.trace else None,
             ),
         )
+
+
+def _memory_of(store: ChunkStore) -> int:
+    """Most bytes of chunk KV that a store keeps in memory."""
+    memory = store.memory if isinstance(store, TieredStore) else store
+    return memory.max_bytes if isinstance(memory, MemoryStore) else 0

@@ -20,6 +20,7 @@ from cacheblend_rag.engines.fingerprint import fingerprint_model
 from cacheblend_rag.engines.model_files import first_line, load_config, load_tokenizer, resolve_model
 from cacheblend_rag.engines.transformers_probe import probe_model
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.memory_plan import MemoryPlan, check_weights_fit, explained, free_bytes
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -44,6 +45,18 @@ class LoadedModel:
     kv_shape: tuple[int, int, int]
     context_window: int
     full_attention_tokens: int
+
+    def plan_memory(self, chunks: int) -> MemoryPlan:
+        """What is needed of the device's memory, beside ``chunks`` bytes of the host's for chunk KV."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return MemoryPlan(
+            weights=sum(tensor.nbytes for tensor in tensors),
+            token=2 * math.prod(self.kv_shape) * self.model.dtype.itemsize,
+            context_window=self.context_window,
+            chunks=chunks,
+            free=free_bytes(self.model.device),
+            on_host=self.model.device.type == "cpu",
+        )
 
     def empty_kv(self, tokens: int) -> torch.Tensor:
         """An uninitialised KV buffer ``[layers, 2, tokens, kv_heads, head_dim]``."""
@@ -77,8 +90,10 @@ def load_model(
     tokenizer = load_tokenizer(name, directory, chat_template)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **model_args)
-    torch.nn.Module.to(model, torch_device).train(False)
+    check_weights_fit(name, directory, torch_dtype, torch_device)
+    with explained(f"loading {name!r} on {torch_device}", "free some there, or change device, dtype or the model"):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **model_args)
+        torch.nn.Module.to(model, torch_device).train(False)
     fingerprint = fingerprint_model(name, directory, config, tokenizer, str(torch_dtype).removeprefix("torch."))
     traits = probe_model(model)
     context_window = int(config.max_position_embeddings)

@@ -21,6 +21,7 @@ from cacheblend_rag.errors import PolicyError
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
+from cacheblend_rag.memory_plan import explained
 from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.store.codecs import encode
@@ -30,6 +31,7 @@ from cacheblend_rag.trace import BlendTrace
 logger = logging.getLogger(__name__)
 
 _WHATEVER_IT_TAKES = BlendConfig(mode="blend")
+_SHORTER = "shorten the prompt or max_tokens, ask for fewer answers at a time, or lower memory_bytes"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,9 +103,12 @@ class PromptReader:
             ids: int32 ``[tokens]``, at least one.
         """
         primer, total = len(self._primer_ids), len(self._primer_ids) + len(ids)
-        kv = self._loaded.empty_kv(total)
-        kv[:, :, :primer] = self._primer_kv
-        self._forward(np.concatenate([self._primer_ids, ids]), kv).recompute(torch.arange(primer, total))
+        with explained(
+            f"prefilling a chunk of {len(ids)} tokens", "split it into smaller chunks, or lower memory_bytes"
+        ):
+            kv = self._loaded.empty_kv(total)
+            kv[:, :, :primer] = self._primer_kv
+            self._forward(np.concatenate([self._primer_ids, ids]), kv).recompute(torch.arange(primer, total))
         scope = self._library.scope
         encoded, scales = encode(kv[:, :, primer:].cpu().contiguous(), scope.fingerprint.codec)
         return ChunkKV(scope.key(ids), scope, ids, primer, encoded, scales)
@@ -133,12 +138,14 @@ class PromptReader:
         except Exception:
             logger.exception("blending failed, the prompt is prefilled plainly")
             self.counts["blend_fault"] += 1
-            return self._prefill(ids, total, "blending failed, see the log")
+        # Out here the error is gone, and with it what it held of the blend's memory.
+        return self._prefill(ids, total, "blending failed, see the log")
 
     def _prefill(self, ids: TokenIds, total: int, reason: str) -> ReadPrompt:
-        forward = self._forward(ids, self._loaded.empty_kv(total))
-        started = time.perf_counter()
-        logits = forward.recompute(torch.arange(len(ids)))
+        with explained(f"reading a prompt of {len(ids)} tokens", _SHORTER):
+            forward = self._forward(ids, self._loaded.empty_kv(total))
+            started = time.perf_counter()
+            logits = forward.recompute(torch.arange(len(ids)))
         stats = BlendStats(len(ids), missed_tokens=len(ids), reason=reason, recompute=time.perf_counter() - started)
         return ReadPrompt(forward, logits, stats)
 

@@ -26,6 +26,7 @@ from cacheblend_rag.attention.paged import PagedRows, attend_rows, tile_rows
 from cacheblend_rag.attention.prefix import BUCKET, Buckets, attend_buckets
 from cacheblend_rag.attention.watching import watch_rows
 from cacheblend_rag.layout import upload
+from cacheblend_rag.memory_plan import room_for_chunks
 from cacheblend_rag.vllm.compat import fast_operators, flash_attention_3
 from cacheblend_rag.vllm.forward import PromptRows, is_scattered, measure_deviations
 from cacheblend_rag.vllm.model import PagedModel
@@ -292,7 +293,8 @@ def make_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None
     reason = _obstacle(model)
     if reason is None:
         try:
-            return KernelPasses(model, graphs=not model.vllm_config.model_config.enforce_eager, gpu_bytes=gpu_bytes)
+            is_eager = model.vllm_config.model_config.enforce_eager
+            return KernelPasses(model, graphs=not is_eager, gpu_bytes=_bounded(gpu_bytes, model))
         except Exception as error:
             # Out of memory, or a kernel that does not compile here.
             reason = (str(error) or repr(error)).splitlines()[0]
@@ -301,6 +303,24 @@ def make_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None
     if model.kv.device.type == "cuda":
         logger.warning("blending runs on the attention backend's own kernels, which takes longer: %s", reason)
     return None
+
+
+def _bounded(gpu_bytes: int, model: PagedModel) -> int:
+    """As many bytes of chunks as leave vLLM what it has planned for: out of memory, it would end."""
+    if not gpu_bytes:
+        return 0
+    free, total = torch.cuda.mem_get_info(model.kv.device)
+    utilization = model.vllm_config.cache_config.gpu_memory_utilization
+    room = room_for_chunks(gpu_bytes, free, total, utilization)
+    if room < gpu_bytes:
+        logger.warning(
+            "gpu_bytes is %d, but beside what vLLM has planned for (gpu_memory_utilization %g) %d are free, and used: "
+            "lower gpu_memory_utilization to have more",
+            gpu_bytes,
+            utilization,
+            room,
+        )
+    return room
 
 
 def _obstacle(model: PagedModel) -> str | None:

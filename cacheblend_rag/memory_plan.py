@@ -1,0 +1,139 @@
+"""What an engine will need of a device's memory, before it needs it, and errors that say which setting to change."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cacheblend_rag.errors import ConfigError, EngineMemoryError
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+_CPU_FULL = "can't allocate memory"  # what torch's CPU allocator says: its error has no class of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What the embedded engine needs, in bytes.
+
+    Attributes:
+        weights: Of the model.
+        token: KV of one token, of all layers.
+        context_window: Tokens of the longest prompt with its answer; as much KV as that is held for each answer.
+        chunks: Most chunk KV that the store keeps in the host's memory.
+        free: What is free on the device now, the weights being there; None if the system doesn't tell.
+        on_host: Whether the device is the CPU.
+    """
+
+    weights: int
+    token: int
+    context_window: int
+    chunks: int
+    free: int | None
+    on_host: bool
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens that fit; None if that isn't known."""
+        if self.free is None:
+            return None
+        return min(self.context_window, max(self.free - self.chunks * self.on_host, 0) // self.token)
+
+    def __str__(self) -> str:
+        free = "" if self.free is None else f", {_gb(self.free)} free"
+        if self.longest_prompt is not None and self.longest_prompt < self.context_window:
+            free += f": enough for one prompt of {self.longest_prompt:,} tokens"
+        longest = f"{_gb(self.token * self.context_window)} for {self.context_window:,}"
+        return (
+            f"weights {_gb(self.weights)}, KV {self.token:,} bytes a token ({longest}), "
+            f"chunks up to {_gb(self.chunks)} of the host's memory{free}"
+        )
+
+
+def check_weights_fit(name: str, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Check that a model's weights fit, before they are loaded.
+
+    Args:
+        name: What the user called the model.
+        directory: Where it is. Only safetensors files are looked at.
+        dtype: What they will be.
+        device: Where they will be.
+
+    Raises:
+        ConfigError: they don't.
+    """
+    needed, free = weight_bytes(directory, dtype), free_bytes(device)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"the weights of {name!r} take {_gb(needed)} as {str(dtype).removeprefix('torch.')}, and {_gb(free)} are "
+            f"free on {device}: free some there, or change device, dtype or the model"
+        )
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes of the weights in a directory's safetensors files, as a dtype."""
+    elements = 0
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb") as opened:  # the length of a JSON header, and the header: see safetensors' format
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        elements += sum(math.prod(told["shape"]) for tensor, told in header.items() if tensor != "__metadata__")
+    return elements * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be had on a device; None if the system doesn't tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu" or not _MEMINFO.exists():
+        return None
+    told = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    free = int(told["MemAvailable"].split()[0]) * 1024
+    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+@contextlib.contextmanager
+def explained(what: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory into an error that says what to do.
+
+    Args:
+        what: What is being done.
+        advice: What to change.
+
+    Raises:
+        EngineMemoryError: there was not enough memory, on a GPU or on the host.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_FULL in str(error)
+        if not is_memory:
+            raise
+        raise EngineMemoryError(f"out of memory {what}: {advice}") from error
+
+
+def room_for_chunks(wanted: int, free: int, total: int, utilization: float) -> int:
+    """How many bytes of chunks a vLLM worker may keep on its GPU.
+
+    vLLM has planned for a share of the GPU, and has not yet taken all of it: what a step needs comes and goes.
+
+    Args:
+        wanted: The setting ``gpu_bytes``.
+        free: Bytes that are free on the GPU, vLLM's weights and KV cache being there.
+        total: Bytes of the GPU.
+        utilization: vLLM's ``gpu_memory_utilization``.
+    """
+    still_to_come = max(utilization * total - (total - free), 0)
+    return min(wanted, max(int(free - still_to_come), 0))
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
