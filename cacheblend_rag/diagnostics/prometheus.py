@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
+from cacheblend_rag.diagnostics.prometheus_guard import GuardCollector
 from cacheblend_rag.stats import PARTS, BlendStats
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class PrometheusMetrics:
             )
             for name, text in _DEVIATIONS.items()
         }
+        registry.register(GuardCollector(engine))
+        self._faults.labels(*self._values)  # from 0 on, or a rate would not see the first one
 
     def __call__(self, stats: BlendStats) -> None:
         """Count a prompt that was read."""

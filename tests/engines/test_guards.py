@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 import cacheblend_rag
 from cacheblend_rag import ConfigError
+from cacheblend_rag.diagnostics.prometheus import PrometheusMetrics
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.guard import TURNED_OFF, Guard
 from cacheblend_rag.stats import BlendStats
@@ -138,3 +140,18 @@ def test_a_guard_comes_with_the_engine(random_models: dict[str, str]) -> None:
     assert not thread.is_alive()
     with pytest.raises(ConfigError, match="guard must be a share"):
         cacheblend_rag.load_engine("no such model", guard=2.0)
+
+
+def test_what_prometheus_is_told(watched: TransformersEngine) -> None:
+    registry = CollectorRegistry()
+    PrometheusMetrics(watched, registry)
+    labels = {"model": watched.model_name, "namespace": "test"}
+    assert registry.get_sample_value("cacheblend_guard_least_ratio", labels) == 0
+    assert registry.get_sample_value("cacheblend_guard_mean_kl_nats", labels) is None
+    ask(watched, 2)
+    report = guard_of(watched).report()
+    assert registry.get_sample_value("cacheblend_guard_answers_total", labels | {"outcome": "compared"}) == 2
+    assert registry.get_sample_value("cacheblend_guard_answers_total", labels | {"outcome": "failed"}) == 0
+    assert registry.get_sample_value("cacheblend_guard_mean_kl_nats", labels) == report.mean_kl
+    watched.guard = None
+    assert registry.get_sample_value("cacheblend_guard_least_ratio", labels) is None

@@ -71,3 +71,29 @@ def test_nothing_is_measured_for_a_log_that_nobody_keeps(case: Case, caplog: pyt
     with caplog.at_level(logging.INFO, "cacheblend_rag"):
         case.engine.generate(case.prompt(92), max_tokens=1)
     assert [record for record in caplog.records if record.name.startswith("cacheblend_rag")] == []
+
+
+def test_a_guard_compares_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case.engine, "_observers", ())
+    seen: list[BlendStats] = []
+    case.engine.add_observer(seen.append)
+    case.engine.watch(1.0)
+    guard = case.engine.guard
+    assert guard is not None
+    try:
+        found = []
+        for seed, ratio in ((130, 0.0), (131, 1.0)):
+            answer = case.engine.generate(case.prompt(seed), max_tokens=5, blend={"recompute_ratio": ratio})
+            assert answer.stats.decision == "blend"
+            until = time.monotonic() + 60
+            while guard.report().compared == len(found):
+                assert guard.report().failed == 0
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            found.append(guard._found[-1])
+        assert found[0] > 1e-4
+        assert found[1] < 1e-5  # recomputing everything is full prefill
+        assert len(seen) == 2  # what the guard asks is not among the answers
+    finally:
+        guard.close()
+        case.engine.guard = None
