@@ -108,8 +108,8 @@ class EngineModel(Serializable):
             engine: An engine, or the kind to load: ``"transformers"``, ``"vllm"``, or ``"server"`` with ``base_url``.
             blend: Settings of the blend; those not named are the engine's, or the defaults of ``BlendConfig``.
             settings: ``model``, ``store``, ``dtype``, ``device``, ``primer``, ``namespace``, ``codec``,
-                ``base_url``, ``chat_template`` and ``engine_args`` as for ``cacheblend_rag.load_engine``, and the
-                attributes of this class.
+                ``base_url``, ``chat_template``, ``guard`` and ``engine_args`` as for ``cacheblend_rag.load_engine``,
+                and the attributes of this class.
 
         Raises:
             ConfigError: an unknown or a bad setting, or one that an engine that exists can't take any more.

@@ -261,6 +261,14 @@ def test_bad_construction(engine: Engine, model_path: str) -> None:
         CacheBlendLLM(model=model_path, engine="abacus")
 
 
+def test_a_guard_comes_with_the_engine(model_path: str) -> None:
+    llm = CacheBlendLLM(model=model_path, dtype="float32", guard=0.5)
+    assert llm.engine.guard is not None
+    llm.engine.close()
+    with pytest.raises(ConfigError, match="guard must be a share"):
+        CacheBlendLLM(model="no such model", guard=2.0)
+
+
 def test_prompt_too_long(llm: CacheBlendLLM) -> None:
     with pytest.raises(PromptTooLongError):
         llm.invoke("word " * llm.engine.context_window)

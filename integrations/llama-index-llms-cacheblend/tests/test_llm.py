@@ -417,3 +417,11 @@ def test_settings_of_the_chat_template_need_it(engine: Engine) -> None:
     biased = CacheBlendLLM(engine=engine, max_tokens=1, logit_bias={5: 1.0})
     assert json.loads(biased.to_json())["logit_bias"] == {"5": 1.0}
     assert CacheBlendLLM(engine=engine, logit_bias={"5": 1.0}).logit_bias == {5: 1.0}
+
+
+def test_a_guard_comes_with_the_engine(model_path: str) -> None:
+    llm = CacheBlendLLM(model=model_path, dtype="float32", guard=0.5)
+    assert llm.engine.guard is not None
+    llm.engine.close()
+    with pytest.raises(ConfigError, match="guard must be a share"):
+        CacheBlendLLM(model="no such model", guard=2.0)
