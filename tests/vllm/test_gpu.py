@@ -18,6 +18,7 @@ from cacheblend_rag.budget import Budget
 from cacheblend_rag.engines.vllm import VllmEngine
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.passes import Selection
+from cacheblend_rag.vllm import kernel_passes
 from cacheblend_rag.vllm.forward import AskedPrompt, PagedForward
 
 from .conftest import (
@@ -284,6 +285,15 @@ def test_choices_of_others_are_checked_on_the_gpu(
     stats = case.engine.generate(case.prompt(5, chunks=6), max_tokens=1, blend={"policy": "mine"}).stats
     assert stats.decision == ("prefill" if what else "blend")
     assert ("blending failed: policy 'mine' " + what in stats.reason) == bool(what)
+
+
+def test_chunks_on_the_gpu_leave_vllm_what_it_has_planned_for(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    model = connectors(case.engine)[1]._worker._model
+    free, total = torch.cuda.mem_get_info(model.kv.device)
+    planned = model.vllm_config.cache_config.gpu_memory_utilization * total
+    assert 0 <= kernel_passes._bounded(total, model) <= min(max(total - planned, 0), free)
+    assert "lower gpu_memory_utilization to have more" in caplog.text
+    assert kernel_passes._bounded(0, model) == 0
 
 
 def test_concurrent_requests(case: Case) -> None:
