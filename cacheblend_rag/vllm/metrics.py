@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from cacheblend_rag.stats import BlendStats
 
-_SECONDS = ("load", "select", "recompute", "ttft")
+_SECONDS = ("load", "select", "recompute")
 _TOKENS = ("prefix", "reused", "recomputed", "missed")
 _READ = {"bytes": "Bytes of chunk KV that prompts read", "seconds": "Seconds that prompts' chunks took to be read"}
 _DEVIATIONS = {"mean": "Mean", "p95": "95th percentile"}
@@ -41,8 +41,9 @@ class BlendMetrics(KVConnectorStats):
         self.count(f"requests_{stats.decision}")
         for kind in _TOKENS:
             self.count(f"tokens_{kind}", getattr(stats, f"{kind}_tokens"))
-        for part in _SECONDS:
-            if part == "ttft" or stats.decision == "blend":
+        self.data.setdefault(f"ttft_{stats.decision}", []).append(stats.ttft)
+        if stats.decision == "blend":
+            for part in _SECONDS:
                 self.data.setdefault(f"seconds_{part}", []).append(getattr(stats, part))
         for tier, nbytes in stats.read_bytes.items():
             self.count(f"read-bytes_{tier}", nbytes)
@@ -94,12 +95,18 @@ class BlendPromMetrics(KVConnectorPromMetrics):
         self._seconds = {
             part: histogram(
                 name=f"vllm:cacheblend_{part}_seconds",
-                documentation="Time to first token" if part == "ttft" else f"Time to {part}, of a blend",
+                documentation=f"Time to {part}, of a blend",
                 buckets=_BUCKETS,
                 labelnames=labelnames,
             )
             for part in _SECONDS
         }
+        self._ttft = histogram(
+            name="vllm:cacheblend_ttft_seconds",
+            documentation="Time to first token by how the prompt was read",
+            buckets=_BUCKETS,
+            labelnames=[*labelnames, "decision"],
+        )
         self._read = {
             f"read-{unit}": counter(
                 name=f"vllm:cacheblend_read_{unit}",
@@ -117,6 +124,9 @@ class BlendPromMetrics(KVConnectorPromMetrics):
             )
             for name, text in _DEVIATIONS.items()
         }
+        for labels in per_engine_labelvalues.values():  # from 0 on, or a rate would not see the first one
+            for event in self._events.values():
+                event.labels(*labels)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add a report."""
@@ -130,6 +140,9 @@ class BlendPromMetrics(KVConnectorPromMetrics):
             elif kind == "seconds":
                 for seconds in value:
                     self._seconds[rest].labels(*labels).observe(seconds)
+            elif kind == "ttft":
+                for seconds in value:
+                    self._ttft.labels(*labels, rest).observe(seconds)
             elif kind == "deviation":
                 for deviation in value:
                     self._deviations[rest].labels(*labels).observe(deviation)
