@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import django_htmx
 import jinja2
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse
@@ -58,11 +59,11 @@ def create_app(store: StoreView, log: LogReader | None, host: str = "127.0.0.1")
     environment = _environment()
     whole, parts = environment.get_template("page.html"), environment.get_template("parts.html")
     scripts = {
-        "htmx.js": importlib.resources.files("django_htmx").joinpath("static/django_htmx/htmx-2.min.js").read_bytes(),
+        "htmx.js": importlib.resources.files(django_htmx).joinpath("static/django_htmx/htmx-2.min.js").read_bytes(),
         "dashboard.js": importlib.resources.files(__package__).joinpath("dashboard.js").read_bytes(),
     }
     if _is_loopback(host):
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", host])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
 
     @app.middleware("http")
     async def add_headers(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
