@@ -16,13 +16,15 @@ from monitoring import DASHBOARD, EVERYTHING, ROOT, RULES, Samples, exported, pa
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cacheblend_rag.diagnostics.prometheus import PrometheusMetrics
+from cacheblend_rag.guard import GuardReport
 
 
 @pytest.fixture(scope="module")
 def known() -> Samples:
     """What an observer of an engine exports."""
     registry = CollectorRegistry()
-    engine: Any = SimpleNamespace(model_name="m", scope=SimpleNamespace(namespace="n"), guard=None)
+    guard = SimpleNamespace(report=lambda: GuardReport(compared=9, dropped=1, failed=0, mean_kl=0.2, least_ratio=0.25))
+    engine: Any = SimpleNamespace(model_name="m", scope=SimpleNamespace(namespace="n"), guard=guard)
     metrics = PrometheusMetrics(engine, registry)
     for stats in EVERYTHING:
         metrics(stats)
