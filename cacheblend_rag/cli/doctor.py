@@ -70,7 +70,7 @@ def doctor(
     own = None if prompts is None else read_prompts(prompts)  # so it is here
     checks = [check_versions()]
     found: SweepResult | None = None
-    unreadable = cannot_be_opened(store)
+    unreadable = cannot_be_opened(store, only_catalogue=engine == "server")
     usable = store if unreadable is None else None
     with contextlib.ExitStack() as stack:
         try:
@@ -123,7 +123,7 @@ def _check(subject: Subject, store: Path | None, unreadable: Check | None) -> li
     prompt, chunks = sample_prompt(subject, 0)
     subject.warm(chunks)
     checks = [model, *subject.check_exactness(prompt, chunks)]
-    return [*checks, *([unreadable] if unreadable else subject.check_store(store))]
+    return [*checks, *([unreadable] if unreadable else []), *subject.check_store(store)]
 
 
 def _sweep(

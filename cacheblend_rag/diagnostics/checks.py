@@ -59,14 +59,21 @@ def describe_model(engine: Engine, where: str) -> str:
     return f"{engine.num_layers} layers, {dtype}, {where}, context {engine.context_window:,} tokens"
 
 
-def cannot_be_opened(store: Path | None) -> Check | None:
-    """The check that fails if there is no such store, or it can't be opened; None if it can, or none is asked for."""
+def cannot_be_opened(store: Path | None, *, only_catalogue: bool = False) -> Check | None:
+    """The check that fails if there is no such store, or it can't be opened; None if it can, or none is asked for.
+
+    Args:
+        store: Its directory.
+        only_catalogue: There is nothing but the catalogue of a server's chunks in it.
+    """
     if store is None:
         return None
     if not store.is_dir() or not any(store.iterdir()):
         return Check(
             "store", False, f"there is none at {store}", f"cacheblend ingest DIR --model MODEL --store {store}"
         )
+    if only_catalogue:
+        return None
     try:
         open_store(store, memory_bytes=0).close()
     except CacheBlendError as error:

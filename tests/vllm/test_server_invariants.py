@@ -1,7 +1,9 @@
-"""I1, I2, I3, I6 and I7 on ``cacheblend serve`` in a process of its own, over HTTP, with a model of every kind."""
+"""I1, I2, I3, I6 and I7 on ``cacheblend serve`` in a process of its own, over HTTP, with a model of every kind; and
+``cacheblend doctor``, which checks some of that, too."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +12,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
 
 from cacheblend_rag import Generation, load_engine
+from cacheblend_rag.catalog import Catalog
 from cacheblend_rag.chunks import ChunkKV
+from cacheblend_rag.cli import app
+from cacheblend_rag.diagnostics import comparing, sweep
+from cacheblend_rag.diagnostics.connected import OnServer
+from cacheblend_rag.diagnostics.sweep import settings_to_try
 from cacheblend_rag.engines.server import ServerEngine
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
@@ -168,3 +176,66 @@ def test_i7_same_prompt_same_tokens_and_side_by_side_as_alone(case: Case) -> Non
     for mine, theirs in zip(together, alone * 2, strict=True):
         assert mine.token_ids == theirs.token_ids
         assert difference(mine, theirs) < TOLERANCE
+
+
+# The doctor
+
+
+@pytest.fixture
+def ask(case: Case, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs it on this server; not for long."""
+    monkeypatch.setattr(sweep, "settings_to_try", lambda *args: settings_to_try(*args)[:2])
+    monkeypatch.setattr(comparing, "ANSWER_TOKENS", 4)
+    url = case.engine._base_url  # type: ignore[attr-defined]
+
+    def run(*arguments: object) -> Result:
+        told = (
+            "doctor",
+            "--engine",
+            "server",
+            "--base-url",
+            url,
+            "--model",
+            "model",
+            "--count",
+            1,
+            "--json",
+            *arguments,
+        )
+        return CliRunner().invoke(app, [str(argument) for argument in told])
+
+    return run
+
+
+def test_the_doctor_of_a_server(case: Case, ask: Callable[..., Result], tmp_path: Path) -> None:
+    before = case.engine.stored_keys()
+    result = ask("--max-kl", 100)
+    found = json.loads(result.stdout)
+    checks = {check["name"]: check for check in found["checks"]}
+    wrong = [name for name, check in checks.items() if not check["ok"]]
+    assert set(wrong) <= {"the first token comes sooner"}  # a model of a millisecond
+    assert result.exit_code == bool(wrong)
+    assert "on a server with version" in checks["model"]["figure"]
+    for name in ("ratio 1 is full prefill", "exact KV gives exact answers, behind the primer"):
+        assert "log-probabilities differ by" in checks[name]["figure"]
+    assert checks["keys can be shifted, in every layer"]["figure"].startswith("error ")
+    assert checks["store"]["figure"].startswith(f"the server's: {len(before)} chunks")
+    assert found["settings"][0]["kl_per_token"] > 0
+    assert case.engine.stored_keys() == before
+
+
+def test_the_doctor_and_a_catalogue(case: Case, ask: Callable[..., Result], tmp_path: Path) -> None:
+    """Prompts are made from its texts; those that the server does not have are told."""
+    with Catalog(tmp_path, case.engine.scope) as catalog:
+        catalog.begin("a.txt", CHUNKS)
+        catalog.finish("a.txt", "digest")
+    case.engine.evict(CHUNKS[:2])
+    result = ask("--store", tmp_path, "--max-kl", 100)
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert checks["chunks of this model"]["figure"] == "4 of 6 texts of the catalogue are warm"
+    assert checks["known chunks are in the prompts"]["ok"]
+    assert "sample text" not in result.stderr
+    case.engine.evict(CHUNKS)
+    store, chunks, _ = OnServer(case.engine).check_store(tmp_path)  # type: ignore[arg-type]  # it is one
+    assert store.figure.startswith("the server's: 0 chunks")
+    assert not chunks.ok and "--engine server" in chunks.advice
