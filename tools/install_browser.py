@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+WAIT_SECONDS = 180
 PACKAGE = "@sparticuz/chromium@153"
 # It unpacks itself into the directory for temporary files.
 UNPACK = "import chromium from '@sparticuz/chromium'; await chromium.executablePath();"
@@ -26,25 +28,26 @@ def main() -> None:
 
 def install_from_playwright() -> bool:
     """From Playwright's servers, into the user's cache."""
-    command = [sys.executable, "-m", "playwright", "install", "--only-shell", "chromium"]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    return succeeds([sys.executable, "-m", "playwright", "install", "--only-shell", "chromium"])
 
 
 def install_from_npm() -> bool:
     """From npm's registry, into the virtual environment."""
-    if not shutil.which("npm") or not shutil.which("node"):
-        return False
     where = Path(sys.prefix, "browser")
     where.mkdir(exist_ok=True)
-    environment = {**os.environ, "TMPDIR": str(where)}
-    for command in (
-        ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(where), PACKAGE],
-        ["node", "--input-type=module", "--eval", UNPACK],
-    ):
-        if subprocess.run(command, cwd=where, env=environment).returncode:
-            return False
-    shutil.rmtree(where / "node_modules")
-    return (where / "chromium").is_file()
+    done = succeeds(["npm", "install", "--no-audit", "--no-fund", "--prefix", str(where), PACKAGE]) and succeeds(
+        ["node", "--input-type=module", "--eval", UNPACK], cwd=where, env={**os.environ, "TMPDIR": str(where)}
+    )
+    shutil.rmtree(where / "node_modules", ignore_errors=True)
+    return done and (where / "chromium").is_file()
+
+
+def succeeds(command: list[str], **options: Any) -> bool:
+    """Run a command that may fail, not be there, or wait for a server that never answers."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=WAIT_SECONDS, **options).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 if __name__ == "__main__":
