@@ -122,6 +122,15 @@ def unknown(words: list[str]) -> list[str]:
     return missing
 
 
+def test_each_trouble_has_its_command() -> None:
+    page = DOCS / "troubleshooting.md"
+    lines = page.read_text().splitlines()
+    first_lines = [next(filter(None, lines[n + 1 :])) for n, line in enumerate(lines) if line.startswith("## ")]
+
+    assert len(first_lines) > 5
+    assert [line for line in first_lines if not line.startswith("    cacheblend ")] == []
+
+
 def test_vllm_page_names_the_options_of_serve() -> None:
     sentence = re.search(r"Options of its own are (.*?);", (DOCS / "vllm.md").read_text(), re.DOTALL)
     assert sentence is not None
