@@ -24,8 +24,10 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 import cacheblend_rag
+from cacheblend_rag import profiling_data
 from cacheblend_rag.cli import app
-from cacheblend_rag.diagnostics import sweep
+from cacheblend_rag.diagnostics import comparing, sweep
+from cacheblend_rag.diagnostics.embedded import Embedded
 from cacheblend_rag.diagnostics.sweep import settings_to_try
 
 CHAT = (
@@ -673,8 +675,16 @@ class TestDoctor:
 
     @pytest.fixture(autouse=True)
     def few_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """To save time."""
+        """And short prompts, to save time."""
         monkeypatch.setattr(sweep, "settings_to_try", lambda *args: settings_to_try(*args)[:2])
+        monkeypatch.setattr(profiling_data, "PASSAGES", 2)
+        monkeypatch.setattr(comparing, "ANSWER_TOKENS", 4)
+
+    @pytest.fixture
+    def only_checks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the store: no prompts are read, and nothing is measured."""
+        monkeypatch.setattr(Embedded, "check_exactness", lambda *args: [])
+        monkeypatch.setattr(sweep, "sweep", lambda *args: None)
 
     @pytest.fixture
     def ask(self, options: list[str]) -> list[Any]:
@@ -699,24 +709,28 @@ class TestDoctor:
         assert len(found["answers"]) == 1
         assert before == {path: path.read_bytes() for path in chunk_files(store)}  # nothing is tried in it
 
-    def test_for_people(self, ask: list[Any], tmp_path: Path) -> None:
-        result = run("doctor", *ask[1:3], *self.FINE)
+    def test_for_people(self, models: list[str], primer: Path) -> None:
+        result = run("doctor", "--model", models[0], "--primer", primer, *self.FINE)
         assert "sample text" in result.stderr
         for part in ("cacheblend doctor", "versions", "query_aware 15%", "full prefill", "checks"):
             assert part in result.stdout
+
+    @pytest.mark.usefixtures("only_checks")
+    def test_no_store(self, ask: list[Any], tmp_path: Path) -> None:
         nothing = tmp_path / "nothing"
         nothing.mkdir()
-        result = run("doctor", *ask[1:3], "--store", nothing, *self.FINE, "--json")
+        result = run("doctor", *ask[1:3], "--store", nothing, "--json")
         assert result.exit_code == 1
         (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
         assert (check["ok"], check["figure"]) == (False, f"there is none at {nothing}")
         assert check["advice"].startswith("cacheblend ingest DIR")
         (nothing / "chunks").write_text("no directory")
-        result = run("doctor", *ask[1:3], "--store", nothing, *self.FINE, "--json")
+        result = run("doctor", *ask[1:3], "--store", nothing, "--json")
         (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
         assert not check["ok"]
 
-    def test_a_store_of_another_model(self, ask: list[Any], models: list[str], ingested: None) -> None:
+    @pytest.mark.usefixtures("only_checks", "ingested")
+    def test_a_store_of_another_model(self, ask: list[Any], models: list[str]) -> None:
         found = json.loads(run("doctor", "--model", models[1], *ask[3:], "--json").stdout)
         (check,) = [one for one in found["checks"] if one["name"] == "chunks of this model"]
         assert not check["ok"]
