@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp $(if $(filter vllm,$(ENGINE)),$(VENV)/vllm.stamp) ## Wa
 
 vllm: $(VENV)/vllm.stamp ## Add vLLM to .venv: the CPU build where there is no GPU.
 
-test: vllm $(VENV)/test.stamp $(VENV)/browser.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-l6-v2 lint docs ## Lint, types, the documentation and all tests but the slow ones.
+test: vllm $(VENV)/test.stamp $(VENV)/browser.stamp $(MODELS)/smollm2-small $(MODELS)/all-minilm-l6-v2 lint ## Lint, types, and all tests but the slow ones.
 	$(MAKE) -j2 --output-sync=target test-vllm test-others test-langchain test-llama-index
 
 # Two side by side: each keeps little more than one core busy. More threads of torch would only get in each other's way.

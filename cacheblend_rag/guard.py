@@ -21,7 +21,6 @@ import statistics
 import threading
 from collections.abc import Callable, Sequence
 
-from cacheblend_rag.budget import ratios
 from cacheblend_rag.config import AUTO, BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.stats import BlendStats
@@ -117,6 +116,8 @@ class Guard:
 
     def adjust(self, config: BlendConfig) -> BlendConfig:
         """The settings that a request is read with: no less is recomputed than the guard has found to be needed."""
+        from cacheblend_rag.budget import ratios  # here: it needs torch
+
         least = _LEAST_RATIOS[self._level]
         if config.mode == "off" or ratios(config)[0] >= least:
             return config
