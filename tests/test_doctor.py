@@ -1,13 +1,21 @@
-"""What the doctor concludes from figures."""
+"""What the doctor concludes from figures, and what it says where there is nothing to measure."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from cacheblend_rag import BlendConfig
+from cacheblend_rag.cli import app
 from cacheblend_rag.diagnostics.checks import Check
 from cacheblend_rag.diagnostics.doctor import judge, verdict
 from cacheblend_rag.diagnostics.sweep import SettingFigures, SweepResult, settings_to_try
@@ -82,3 +90,89 @@ def test_what_is_tried() -> None:
     assert few[0] == {"policy": "hkvd", "recompute_ratio": "auto"}
     assert SettingFigures(few[0]).name == "hkvd auto"
     assert [one["check_layers"] for one in few if "check_layers" in one] == [(0,)]
+
+
+# Servers that can't be examined
+
+
+class Bare(BaseHTTPRequestHandler):
+    """As much of vLLM's API as a server without the connector is asked for."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        card = {"id": "m", "object": "model", "created": 0, "owned_by": "us"}
+        self._send({"object": "list", "data": [card]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._send({"choices": [], "kv_transfer_params": None})
+
+    def _send(self, answer: dict[str, Any]) -> None:
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def bare() -> Iterator[str]:
+    """Base URL of such a server; there is none when the test ends."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bare) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def examined(*arguments: object) -> Result:
+    told = ("doctor", "--engine", "server", *arguments)
+    return CliRunner().invoke(app, [str(argument) for argument in told])
+
+
+def test_a_server_without_the_connector(bare: str) -> None:
+    result = examined("--model", "m", "--base-url", bare, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert [(check["name"], check["ok"]) for check in found["checks"]] == [("versions", True), ("model", False)]
+    assert found["checks"][1]["figure"].startswith("the engine answers without CacheBlend: start it with the connector")
+    assert found["checks"][1]["advice"].startswith("start it with cacheblend serve")
+    assert (found["settings"], found["answers"], found["kl_is_lower_bound"]) == ([], [], False)
+    assert found["verdict"].startswith("1 of 2 checks failed: model: ")
+
+
+def test_no_server() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        result = examined("--model", "m", "--base-url", f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
+    assert result.exit_code == 1
+    assert "1 of 2 checks failed: server: start it, or give the --base-url that it has" in result.stdout
+    assert not result.stderr
+
+
+def test_what_is_the_servers_to_set(bare: str, tmp_path: Path) -> None:
+    for arguments, said in (
+        (("--base-url", bare, "--dtype", "float32"), "dtype is the server's to set"),
+        (("--base-url", bare, "--codec", "fp8"), "codec is the server's to set"),
+        ((), 'engine "server" needs base_url'),
+        (("--base-url", bare, "--ratio", 2), "recompute_ratio must be a number in [0, 1]"),
+        (("--base-url", bare, "--policy", "best"), "best"),
+        (("--base-url", bare, "--prompts", tmp_path / "none.jsonl"), "none.jsonl"),
+    ):
+        result = examined("--model", "m", *arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ") and said in line
+    result = examined("--model", "other", "--base-url", bare)
+    assert result.stderr.splitlines() == [f"error: the server at {bare} serves m, not 'other'"]
+
+
+def test_a_bound_of_the_divergence_is_called_one() -> None:
+    (near,) = [
+        check
+        for check in judge(SweepResult([figures(0.2, 0.4)], [], kl_is_bound=True), most_kl=0.1)
+        if check.name == "answers are near full prefill's"
+    ]
+    assert near.figure.startswith("KL at least 0.200 nats a token")
