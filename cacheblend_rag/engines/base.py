@@ -43,7 +43,6 @@ Progress = Callable[[int, int], None]
 Observer = Callable[[BlendStats], None]
 
 _COMPARED = 4  # tokens of an answer that are compared with full prefill where each is a request
-_OFF = BlendConfig(mode="off")
 _TOPS = SamplingParams(max_tokens=1, logprobs=20)  # as many as vLLM tells unless it is told otherwise
 
 
@@ -157,11 +156,11 @@ class Engine(abc.ABC):
 
     def _divergence(self, answered: Answered) -> float:
         """KL divergence of an answer from full prefill's, nats a token; at least, if not all tokens are compared."""
-        ids = self._prompt_ids(answered.prompt)
+        ids, off = self._prompt_ids(answered.prompt), dataclasses.replace(answered.config, mode="off")
         compared = []
         for count in range(min(len(answered.token_ids), _COMPARED)):
             asked = [*ids, *answered.token_ids[:count]]
-            (full,), (blended,) = (self._answer([asked], config, _TOPS) for config in (_OFF, answered.config))
+            (full,), (blended,) = (self._answer([asked], config, _TOPS) for config in (off, answered.config))
             assert full.logprobs is not None
             assert blended.logprobs is not None  # they were asked for
             compared.append(divergence_of_tops(full.logprobs[0], blended.logprobs[0]))

@@ -40,7 +40,6 @@ from cacheblend_rag.structured import structural_tag
 logger = logging.getLogger(__name__)
 
 _COMPARED = 16  # tokens of an answer that a guard compares
-_OFF = BlendConfig(mode="off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +217,9 @@ class TransformersEngine(Engine):
 
     def _divergence(self, answered: Answered) -> float:
         """See :class:`Engine`. Here the logits of all tokens are at hand."""
-        given = [answered.token_ids[:_COMPARED]]
+        given, off = [answered.token_ids[:_COMPARED]], dataclasses.replace(answered.config, mode="off")
         full, blended = (
-            self.score(answered.prompt, given, blend=config).logits[0] for config in (_OFF, answered.config)
+            self.score(answered.prompt, given, blend=config).logits[0] for config in (off, answered.config)
         )
         return divergence(full.double().log_softmax(-1), blended) / len(full)
 
@@ -278,10 +277,6 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.render_chat`."""
         options = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
         return render_chat(self._loaded.tokenizer, self.model_name, messages, tools, add_generation_prompt, options)
-
-    def token_ids(self, prompt: str) -> list[int]:
-        """The tokens of a prompt, special ones included, as it is read."""
-        return [int(token) for token in self._prompt_ids(prompt)]
 
     def pieces(self, prompt: str) -> list[str]:
         """The text of each token of a prompt; of a character that several tokens make, the last has it."""
