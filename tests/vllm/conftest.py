@@ -319,6 +319,7 @@ def inject_exact_kv(engine: VllmEngine, ids: list[int], shift: int, monkeypatch:
         store.put(ChunkKV(segment.key, engine.scope, chunk_ids, first + shift, exact))
     worker = worker_side._worker
     monkeypatch.setattr(worker, "_store", store)
+    monkeypatch.setattr(worker._meter, "_store", store)
     if (passes := worker._model.kernel_passes) is not None:  # which keeps chunks by their keys
         kept = passes.stream._resident
         monkeypatch.setattr(passes.stream, "_resident", type(kept)(kept._max_bytes, kept._device))

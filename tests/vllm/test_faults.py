@@ -38,7 +38,11 @@ def case(engines: Engines, model: str, store_dir: Path) -> Case:
 
     engine = engines.get(model, store_dir, engine_args={"block_size": BLOCK})
     for side in connectors(engine):  # no copies in memory: each read is one of the file
-        for owner, name in ((side._scheduler and side._scheduler._library, "store"), (side._worker, "_store")):
+        for owner, name in (
+            (side._scheduler and side._scheduler._library, "store"),
+            (side._worker, "_store"),
+            (side._worker and side._worker._meter, "_store"),
+        ):
             if owner and not isinstance(getattr(owner, name), DiskStore):
                 setattr(owner, name, getattr(owner, name).disk)
     engine.warm(CHUNKS)
