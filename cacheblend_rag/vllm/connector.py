@@ -172,6 +172,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         try:
             model = PagedModel(find_model(), self._vllm_config, self._kv_cache_config)
             probe(model)
+            shift_errors = measure_shift(model)
             if model.kv.device.type == "cuda":
                 model.kernel_passes = probed_kernel_passes(model, self._settings.gpu_bytes, self._settings.codec)
         except UnsupportedModelError as error:
@@ -180,7 +181,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._worker = WorkerHalf(model, self._open_store())
         prefill_seconds = measure_prefill(model)
         blend_seconds = None if prefill_seconds is None else measure_blend(model, prefill_seconds)
-        self._found = FoundAtStart("", prefill_seconds, blend_seconds, measure_shift(model))
+        self._found = FoundAtStart("", prefill_seconds, blend_seconds, shift_errors)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """See the base class. What vLLM carries to the scheduler before it serves."""

@@ -4,6 +4,7 @@ and nothing left behind. tests/vllm/test_server_invariants.py has it on a server
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from cacheblend_rag.diagnostics.prompts import sample_prompt, sample_prompts
 from cacheblend_rag.diagnostics.sweep import settings_to_try
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.vllm.costs import DiskCosts
+from cacheblend_rag.vllm.messages import FoundAtStart
 
 from .conftest import CHUNKS, WIDE, Case, connectors, recorded_logits
 
@@ -105,6 +108,15 @@ def test_keys_that_can_not_be_shifted_are_seen(case: Case, subject: InProcess, m
     assert not checks[SHIFT].ok and "in layer 1" in checks[SHIFT].figure
     monkeypatch.setattr(half, "_shift_errors", [])  # as an earlier version, which tells nothing
     assert exactness(subject)[SHIFT].figure.startswith("not measured here")
+
+
+def test_the_worst_rank_counts(case: Case) -> None:
+    half = copy.copy(connectors(case.engine)[0]._scheduler)
+    half.costs = DiskCosts()
+    half.note_start([FoundAtStart("", shift_errors=errors) for errors in ((0.1, 0.2), (0.3, 0.1))])
+    assert half._describe()["shift_errors"] == [0.3, 0.2]
+    half.note_start([FoundAtStart("it can't be blended"), FoundAtStart("", shift_errors=(0.3, 0.1))])
+    assert half._describe()["shift_errors"] == []
 
 
 def test_where_nothing_is_blended_nothing_is_measured(
