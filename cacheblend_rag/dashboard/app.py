@@ -154,10 +154,10 @@ def _moment(when: float) -> str:
 
 
 def _ago(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f"{plural(int(seconds // size), unit)} ago"
-    return f"{max(int(seconds), 0)} s ago"
+            return f"{seconds // size:,.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
 
 
 def _short(model: str) -> str:

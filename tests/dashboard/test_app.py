@@ -54,9 +54,9 @@ def test_figures_are_on_the_page(log: Path, shown: Callable[[str], str]) -> None
         blend(1000, 0.5, time=now, reused_tokens=600, recomputed_tokens=150, missed_tokens=250, reason="reuses 600"),
         prefill(1000, 2.0, time=now, missed_tokens=1000, reason="mode is off"),
     )
-    assert "2 requests, the last one 0 s ago" in shown("/parts/log")
+    assert re.match(r"2 requests, the last one \d s ago", shown("/parts/log"))
     hits = shown("/parts/hits")
-    assert "30.0 % of prompt tokens not computed 1 blended 0 exact prefix only 1 prefilled plainly" in hits
+    assert "30.0 % of tokens not computed 1 blended 0 exact prefix only 1 prefilled plainly" in hits
     assert "recomputed 7.5 % missed 62.5 %" in hits
     first = shown("/parts/ttft")
     assert "blend, median 500 ms plain prefill of the same prompts, estimated median 2 s" in first
@@ -79,8 +79,8 @@ def test_without_plain_prefills_nothing_is_estimated(log: Path, shown: Callable[
 def test_the_store_is_shown_by_tier_model_and_namespace(log: Path, shown: Callable[[str], str]) -> None:
     append(log, request(time.time(), process=41, memory=MemoryUse(2, 3 << 20, 1 << 30), disk_max_bytes=5 << 30))
     text = shown("/parts/store")
-    assert re.search(r"disk 3 \S+ KiB 5.0 GiB .* free memory of process 41 2 3.0 MiB 1.0 GiB as of 0 s ago", text)
-    assert re.search(r"b float32 legal 1 200 \S+ KiB 0 s ago a float32 default 2 70 \S+ KiB 0 s ago", text)
+    assert re.search(r"disk 3 \S+ KiB 5.0 GiB .* free memory, process 41 2 3.0 MiB 1.0 GiB as of \d+ s ago", text)
+    assert re.search(r"b float32 legal 1 200 \S+ KiB \d+ s ago a float32 default 2 70 \S+ KiB \d+ s ago", text)
 
 
 def test_a_store_that_goes_away_is_told(store: Path, shown: Callable[[str], str]) -> None:
