@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cacheblend_rag.cli import app
+from cacheblend_rag.dashboard.log_reader import LogReader
 
 from .conftest import append, request
 
@@ -61,6 +62,24 @@ def test_a_log_in_no_directory(tmp_path: Path, store: Path) -> None:
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())
     assert "there is no directory" in message and "for --request-log" in message
+
+
+def test_queries_are_logged(tmp_path: Path, small_smollm2: str) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "arvel.md").write_text("The bridge of Arvel was finished in 1342 by the wardens.\n" * 4)
+    (tmp_path / "primer").write_text("A passage.\n\n")
+    options = ["--model", small_smollm2, "--store", str(tmp_path / "kv"), "--primer", str(tmp_path / "primer")]
+    log = tmp_path / "log"
+    query = ["query", "Who finished the bridge?", "--mode", "blend", "--compare", "--max-tokens", "2"]
+    for arguments in (["ingest", str(tmp_path / "corpus")], [*query, "--request-log", str(log)]):
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.stderr
+    blended, full = LogReader(log).read().requests  # and no warm-up
+    assert (blended.stats.decision, full.stats.decision) == ("blend", "prefill")
+    assert blended.stats.prompt_tokens == full.stats.prompt_tokens
+    assert (blended.model, blended.namespace) == (small_smollm2, "default")
+    assert blended.memory is not None and blended.memory.chunks == 1
+    assert b"Arvel" not in log.read_bytes() and b"bridge" not in log.read_bytes()
 
 
 def test_it_serves_until_it_is_interrupted(tmp_path: Path, store: Path) -> None:
