@@ -190,6 +190,22 @@ def test_a_lock_that_is_never_released_is_not_waited_for(
     assert len(LogReader(path).read().requests) == 1
 
 
+def test_a_line_never_goes_to_a_file_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock = tmp_path / "log", request_log._lock
+    log = RequestLog(engine(), path)
+    log(request(prompt_tokens=1).stats)
+
+    def lock_late(file: int) -> bool:
+        if not Path(f"{path}.1").exists():
+            os.replace(path, f"{path}.1")  # by another process, once this one has opened it
+        return lock(file)
+
+    monkeypatch.setattr(request_log, "_lock", lock_late)
+    log(request(prompt_tokens=2).stats)
+    assert [len(file.read_bytes().splitlines()) for file in (path, Path(f"{path}.1"))] == [1, 1]
+    assert LoggedRequest.from_line(path.read_bytes()).stats.prompt_tokens == 2
+
+
 def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 65536, not 5"):
         RequestLog(engine(), tmp_path / "log", max_bytes=5)
