@@ -40,7 +40,7 @@ test-gpu: ## Tests that need a CUDA GPU, with the Python that is active.
 	$(PYTHON) -m pytest -q -rs -o addopts="--strict-markers --import-mode=importlib" -m gpu tests/attention/test_gpu.py tests/engines/test_gpu.py tests/vllm/test_gpu.py tests/vllm/test_parallel.py
 
 docs: $(VENV)/test.stamp ## The documentation as a site, in docs/_build/html. A warning is an error.
-	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build/html
 
 docs-links: $(VENV)/test.stamp ## Asks for each link of the documentation that leads elsewhere.
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
