@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from cacheblend_rag.engines.base import Engine
@@ -81,16 +82,22 @@ def cannot_be_opened(store: Path | None, *, only_catalogue: bool = False) -> Che
     return None
 
 
-def check_store(store: Path | None, engine: Engine) -> list[Check]:
-    """Whether a store that can be opened holds chunks of this model, and gives them sooner than they are computed."""
+def check_store(store: Path | None, engine: Engine, *, besides: Collection[str] = ()) -> list[Check]:
+    """Whether a store that can be opened holds chunks of this model, and gives them sooner than they are computed.
+
+    Args:
+        store: Its directory; None: none is checked.
+        engine: The model.
+        besides: Keys of chunks that don't count: the doctor's own.
+    """
     if store is None:
         return []
     with contextlib.closing(open_store(store, memory_bytes=0)) as opened:
-        return _check_opened(opened, engine)
+        return _check_opened(opened, engine, besides)
 
 
-def _check_opened(opened: ChunkStore, engine: Engine) -> list[Check]:
-    entries = list(opened.entries())
+def _check_opened(opened: ChunkStore, engine: Engine, besides: Collection[str]) -> list[Check]:
+    entries = [entry for entry in opened.entries() if entry.key not in besides]
     mine = [entry for entry in entries if entry.scope == engine.scope]
     checks = [Check("store", True, f"{len(entries):,} chunks, {sum(entry.nbytes for entry in entries):,} bytes")]
     if not mine:

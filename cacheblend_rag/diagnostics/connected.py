@@ -59,7 +59,7 @@ class InProcess:
 
     def check_store(self, store: Path | None) -> list[Check]:
         """See the protocol."""
-        return check_store(store, self.engine)
+        return check_store(store, self.engine, besides=self._own)
 
     def warm(self, chunks: Sequence[str]) -> Engine:
         """See the protocol. What was warm before is the user's, and stays."""

@@ -110,6 +110,19 @@ def test_keys_that_can_not_be_shifted_are_seen(case: Case, subject: InProcess, m
     assert exactness(subject)[SHIFT].figure.startswith("not measured here")
 
 
+def test_its_own_chunks_do_not_count(case: Case, subject: InProcess) -> None:
+    """Or a store without any of the user's would pass."""
+    directory = connectors(case.engine)[0]._scheduler._library.store.disk.directory
+    users = len(case.engine.stored_keys())
+    subject.warm([f"{subject.tag}A note that the doctor wrote."])
+    store, chunks, reading = subject.check_store(directory)
+    assert (store.ok, chunks.ok, chunks.figure) == (True, True, f"{users} of {users}")
+    assert "GB/s" in reading.figure
+    case.engine.evict_keys(list(case.engine.stored_keys() - subject._own.keys()))
+    _, chunks = subject.check_store(directory)
+    assert not chunks.ok and chunks.figure == "none of 0"
+
+
 def test_the_worst_rank_counts(case: Case) -> None:
     half = copy.copy(connectors(case.engine)[0]._scheduler)
     half.costs = DiskCosts()
