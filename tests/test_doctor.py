@@ -69,7 +69,9 @@ def test_why_the_first_token_is_late(read: dict[str, Any], advice: str) -> None:
 
 def test_what_is_wrong_with_prompts() -> None:
     assert list(failing(figures(0.05, 0.4, policy="hkvd"))) == ["the question is found"]
-    assert list(failing(figures(0.05, 0.4, segments=0))) == ["known chunks are in the prompts"]
+    unknown = figures(0.0, 0.9, segments=0)
+    assert list(failing(unknown)) == ["known chunks are in the prompts"]
+    assert SweepResult([unknown], []).cheapest(0.1) is None  # as near as can be, and nothing to recommend
     assert failing(figures(0.05, 0.4, policy="")) == {}  # there was nothing to choose
 
 

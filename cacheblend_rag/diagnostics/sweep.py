@@ -109,8 +109,9 @@ class SweepResult:
         return self.settings[0]
 
     def cheapest(self, most_kl: float) -> SettingFigures | None:
-        """The setting whose first token comes soonest among those near enough, if there is one."""
-        near = [setting for setting in self.settings if setting.mean_kl <= most_kl]
+        """The setting whose first token comes soonest among those near enough; None too where nothing was blended."""
+        blended = [setting for setting in self.settings if any(one.segments for one in setting.stats)]
+        near = [setting for setting in blended if setting.mean_kl <= most_kl]
         return min(near, key=lambda setting: setting.share, default=None)
 
 
