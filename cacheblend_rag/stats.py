@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from cacheblend_rag.matching import Segment
 
 if TYPE_CHECKING:
-    from cacheblend_rag.store.base import Tier
     from cacheblend_rag.trace import BlendTrace
 
 Decision = Literal["blend", "prefix", "prefill"]
 FinishReason = Literal["stop", "length"]
+
+Tier = Literal["disk", "memory", "gpu"]
+"""Where a chunk's KV was when a prompt needed it; ``gpu`` is what vLLM's workers keep there within ``gpu_bytes``."""
 
 PARTS = ("match", "load", "select", "recompute", "first_token")
 """What the time to first token is made of: fields of :class:`BlendStats`, in order."""

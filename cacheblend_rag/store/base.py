@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Protocol
 
 from cacheblend_rag.anchors import Anchors
 from cacheblend_rag.chunks import ChunkKV, ChunkScope, TokenIds
-
-Tier = Literal["disk", "memory", "gpu"]
-"""Where a chunk's KV was when a prompt needed it; ``gpu`` is what vLLM's workers keep there within ``gpu_bytes``."""
 
 
 @dataclasses.dataclass(frozen=True)

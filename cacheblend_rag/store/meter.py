@@ -9,7 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from cacheblend_rag.chunks import ChunkKV
-from cacheblend_rag.store.base import ChunkStore, Tier
+from cacheblend_rag.stats import Tier
+from cacheblend_rag.store.base import ChunkStore
 from cacheblend_rag.store.memory import MemoryStore
 from cacheblend_rag.store.tiered import TieredStore
 

@@ -23,9 +23,8 @@ from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.matching import Segment
 from cacheblend_rag.prefetching import Prefetcher
 from cacheblend_rag.recording import Recorder
-from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.stats import BlendStats, Tier
 from cacheblend_rag.store import ChunkStore, TieredStore
-from cacheblend_rag.store.base import Tier
 from cacheblend_rag.store.codecs import encode, stored_dtype
 from cacheblend_rag.store.meter import ChunkRead, ReadMeter
 from cacheblend_rag.trace import BlendTrace
