@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -131,20 +130,25 @@ def estimate_prefill(blends: Sequence[BlendStats], prefills: Sequence[BlendStats
     """
     by_length = sorted(prefills, key=lambda stats: stats.prompt_tokens)
     lengths = [stats.prompt_tokens for stats in by_length]
-
-    @functools.cache  # most prompts of one application share their neighbours
-    def rate(begin: int, end: int) -> float:
-        return statistics.median(stats.prompt_tokens / stats.ttft for stats in by_length[begin:end])
-
-    estimates, times, used = [], [], set[int]()
-    for stats in blends:
-        begin = bisect.bisect_left(lengths, max(stats.prompt_tokens / _NEAR, 1))
-        end = bisect.bisect_right(lengths, stats.prompt_tokens * _NEAR)
-        if begin < end:
-            estimates.append(stats.prompt_tokens / rate(begin, end))
+    rates = [stats.prompt_tokens / stats.ttft for stats in by_length]
+    begin = end = used = 0
+    near: list[float] = []  # rates[begin:end], sorted
+    estimates, times = [], []
+    # From blend to blend the window only moves on to longer prompts: each prefill enters it once and leaves it once.
+    for stats in sorted(blends, key=lambda stats: stats.prompt_tokens):
+        first = bisect.bisect_left(lengths, max(stats.prompt_tokens / _NEAR, 1))
+        behind = bisect.bisect_right(lengths, stats.prompt_tokens * _NEAR)
+        for rate in rates[begin : min(first, end)]:
+            del near[bisect.bisect_left(near, rate)]
+        for rate in rates[max(first, end) : behind]:
+            bisect.insort(near, rate)
+        used += behind - max(first, end)
+        begin, end = first, behind
+        if near:
+            median = (near[(len(near) - 1) // 2] + near[len(near) // 2]) / 2
+            estimates.append(stats.prompt_tokens / median)
             times.append(stats.ttft)
-            used.update(range(begin, end))
-    return Estimate(Times.of(estimates), Times.of(times), len(used)) if estimates else None
+    return Estimate(Times.of(estimates), Times.of(times), used) if estimates else None
 
 
 @dataclasses.dataclass(frozen=True)

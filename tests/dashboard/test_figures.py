@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,19 +74,52 @@ def test_prefills_of_other_lengths_tell_nothing() -> None:
     assert estimate_prefill(blends, []) is None
 
 
-lengths = st.integers(0, 50)
+some = st.lists(st.tuples(st.integers(0, 50), st.floats(0.1, 9)), max_size=12)
 
 
-@settings(max_examples=50)
-@given(st.lists(st.tuples(lengths, st.floats(0.1, 9))), st.lists(st.tuples(lengths, st.floats(0.1, 9)), max_size=8))
-def test_no_blend_is_estimated_from_what_is_not_near(
+@settings(max_examples=100)
+@given(some, some)
+def test_each_blend_is_estimated_from_the_prefills_near_it(
     blends: list[tuple[int, float]], prefills: list[tuple[int, float]]
 ) -> None:
     found = estimate_prefill(stats(*(blend(*one) for one in blends)), stats(*(prefill(*one) for one in prefills)))
-    near = [[p for p, _ in prefills if p > 0 and b / 2 <= p <= 2 * b] for b, _ in blends]
-    assert (0 if found is None else found.prefill.count) == sum(map(bool, near))
-    if found is not None:
-        assert found.prefill.median > 0
+    near = [[n for n, (p, _) in enumerate(prefills) if p > 0 and b / 2 <= p <= 2 * b] for b, _ in blends]
+    if not any(near):
+        assert found is None
+        return
+    rates = [tokens / seconds for tokens, seconds in prefills]
+    wanted = [b / statistics.median(rates[n] for n in each) for (b, _), each in zip(blends, near, strict=True) if each]
+    assert found is not None
+    assert found.prefill == Times.of(wanted)
+    assert found.blend == Times.of([seconds for (_, seconds), each in zip(blends, near, strict=True) if each])
+    assert found.prefills == len(set().union(*near))
+
+
+class Counted(float):
+    """Counts how often one is compared, or divides."""
+
+    uses = 0
+
+    def __rtruediv__(self, other: float) -> Counted:
+        Counted.uses += 1
+        return Counted(other / float(self))
+
+    def __lt__(self, other: float) -> bool:
+        Counted.uses += 1
+        return float(self) < float(other)
+
+
+def test_the_work_of_an_estimate_grows_with_the_requests_not_with_their_square() -> None:
+    count, random = 2000, Random(0)
+
+    def some_stats() -> list[BlendStats]:  # of nearly as many lengths
+        return [BlendStats(random.randint(100, 100_000), ttft=Counted(random.uniform(0.1, 9))) for _ in range(count)]
+
+    blends, prefills = some_stats(), some_stats()
+    Counted.uses = 0
+    found = estimate_prefill(blends, prefills)
+    assert found is not None and found.prefill.count > 0.9 * count
+    assert count < Counted.uses < 100 * count
 
 
 def test_first_tokens_are_by_model() -> None:
