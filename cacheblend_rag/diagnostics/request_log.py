@@ -191,8 +191,7 @@ def _limits(engine: Engine) -> tuple[MemoryUse | None, int | None]:
     memory, disk = (store.memory, store.disk) if isinstance(store, TieredStore) else (store, store)
     use = None
     if isinstance(memory, MemoryStore):
-        sizes = [entry.nbytes for entry in memory.entries()]
-        use = MemoryUse(len(sizes), sum(sizes), memory.max_bytes)
+        use = MemoryUse(memory.count, memory.nbytes, memory.max_bytes)
     return use, disk.max_bytes if isinstance(disk, DiskStore) else None
 
 

@@ -42,6 +42,18 @@ class MemoryStore:
     def __repr__(self) -> str:
         return f"MemoryStore({self.max_bytes})"
 
+    @property
+    def count(self) -> int:
+        """How many chunks are kept, without listing them."""
+        with self._mutex:
+            return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV and token ids that are kept, at most ``max_bytes``."""
+        with self._mutex:
+            return self._nbytes
+
     def put(self, chunk: ChunkKV) -> int:
         """See :meth:`ChunkStore.put`."""
         nbytes = chunk.nbytes + chunk.ids.nbytes

@@ -105,6 +105,16 @@ def test_a_line_names_the_engine_and_its_store(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
 
 
+def test_an_answer_does_not_list_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(1 << 20)
+    for tokens in (30, 40):
+        store.put(chunk(tokens))
+    nbytes = sum(entry.nbytes for entry in store.entries())
+    monkeypatch.delattr(MemoryStore, "entries")
+    RequestLog(engine(store=store), tmp_path / "log")(request().stats)
+    assert LogReader(tmp_path / "log").read().requests[0].memory == MemoryUse(2, nbytes, 1 << 20)
+
+
 def test_its_size_is_bounded_and_the_newest_are_kept(tmp_path: Path) -> None:
     path, most = tmp_path / "log", 1 << 16
     log = RequestLog(engine(), path, max_bytes=most)

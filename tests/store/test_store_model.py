@@ -120,6 +120,12 @@ class MemoryMachine(RuleBasedStateMachine):
         if self.durable:
             assert self.store.faults == 0
 
+    @invariant()
+    def what_memory_holds_is_counted(self) -> None:
+        if isinstance(self.store, MemoryStore):
+            assert self.store.count == len(self.order)
+            assert self.store.nbytes == sum(self.nbytes(CHUNKS[n]) for n in self.order)
+
     def teardown(self) -> None:
         self.store.close()
         shutil.rmtree(self.directory)
