@@ -26,7 +26,7 @@ from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats, Tier
 from cacheblend_rag.store import ChunkStore, TieredStore
 from cacheblend_rag.store.codecs import encode, stored_dtype
-from cacheblend_rag.store.meter import ChunkRead, ReadMeter
+from cacheblend_rag.store.meter import ReadMeter
 from cacheblend_rag.trace import BlendTrace
 from cacheblend_rag.vllm.forward import PagedForward
 from cacheblend_rag.vllm.messages import BlendJob, SaveJob, StepJobs
@@ -92,6 +92,16 @@ def _digest(job: BlendJob) -> str:
     return hashlib.blake2b(job.token_ids.tobytes(), digest_size=16).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """How a chunk was read for a prompt. Without its KV: all ranks' heads would be kept until the blend ends."""
+
+    key: str
+    tier: Tier
+    nbytes: int
+    seconds: float
+
+
 @dataclasses.dataclass
 class _Blend:
     """A prompt whose chunks have been read.
@@ -111,7 +121,7 @@ class _Blend:
     forward: PagedForward
     layout: PromptLayout
     pieces: list[tuple[ChunkKV, Segment]]
-    reads: list[ChunkRead]
+    reads: list[_Read]
     is_planned: bool
 
 
@@ -268,7 +278,7 @@ class WorkerHalf:
         primer_ids = np.asarray(scope.primer_ids, np.int32)
         layout = PromptLayout.after_hit(job.token_ids, job.segments, primer_ids, job.hit)
         unreadable: set[str] = set()
-        reads: list[ChunkRead] = []
+        reads: list[_Read] = []
         while True:
             segments = layout.prefix_segments + layout.segments
             pieces = [(self._read(segment.key, reads), segment) for segment in segments]
@@ -358,7 +368,7 @@ class WorkerHalf:
     def _forward(self, job: BlendJob) -> PagedForward:
         return PagedForward(self._model, torch.from_numpy(job.token_ids.astype(np.int64)), job.block_ids, job.hit)
 
-    def _read(self, key: str, reads: list[ChunkRead]) -> ChunkKV | None:
+    def _read(self, key: str, reads: list[_Read]) -> ChunkKV | None:
         try:
             read = self._meter.read(key)
         except Exception as error:  # on one rank, perhaps: all have to go on to where they agree
@@ -366,7 +376,7 @@ class WorkerHalf:
             return None
         if read is None:
             return None
-        reads.append(read)
+        reads.append(_Read(key, read.tier, read.chunk.nbytes, read.seconds))
         chunk = self._model.own_heads(read.chunk)  # as a memory tier has done
         self._brought[key] = chunk.nbytes
         if not self._fits(chunk):
@@ -423,5 +433,5 @@ class WorkerHalf:
 def _count_reads(blend: _Blend, on_gpu: Collection[str]) -> None:
     """Count what a prompt read; a chunk that was in memory and on the GPU was taken from there."""
     for read in blend.reads:
-        tier: Tier = "gpu" if read.tier == "memory" and read.chunk.key in on_gpu else read.tier
-        blend.stats.count_read(tier, read.chunk.nbytes, read.seconds)
+        tier: Tier = "gpu" if read.tier == "memory" and read.key in on_gpu else read.tier
+        blend.stats.count_read(tier, read.nbytes, read.seconds)

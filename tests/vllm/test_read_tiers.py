@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +15,8 @@ import torch
 
 from cacheblend_rag.chunks import ChunkKV, ChunkScope, ModelFingerprint
 from cacheblend_rag.stats import BlendStats
-from cacheblend_rag.store import MemoryStore
-from cacheblend_rag.store.meter import ChunkRead
-from cacheblend_rag.vllm.worker_half import WorkerHalf, _Blend
+from cacheblend_rag.store import DiskStore, MemoryStore
+from cacheblend_rag.vllm.worker_half import WorkerHalf, _Blend, _Read
 
 SCOPE = ChunkScope("test", ModelFingerprint("model", "w", "c", "t", "float32"), ())
 
@@ -49,9 +52,9 @@ def test_what_the_gpu_keeps_is_taken_from_there(holds: list[int], takes: bool, e
     worker = WorkerHalf(model, MemoryStore(0))
     forward: Any = SimpleNamespace(block_ids=None, place=placed.extend)
     reads = [
-        ChunkRead(CHUNKS[0], "memory", 0.25),
-        ChunkRead(CHUNKS[1], "memory", 0.5),
-        ChunkRead(CHUNKS[2], "disk", 1.0),
+        _Read(CHUNKS[0].key, "memory", SIZE[0], 0.25),
+        _Read(CHUNKS[1].key, "memory", SIZE[1], 0.5),
+        _Read(CHUNKS[2].key, "disk", SIZE[2], 1.0),
     ]
     pieces: Any = [(one, None) for one in CHUNKS]
     job: Any = None
@@ -62,3 +65,22 @@ def test_what_the_gpu_keeps_is_taken_from_there(holds: list[int], takes: bool, e
     assert blend.stats.read_seconds.keys() == expected.keys()
     assert sum(blend.stats.read_seconds.values()) == 1.75
     assert placed == ([] if takes else pieces)
+
+
+def test_heads_of_other_ranks_are_let_go(tmp_path: Path) -> None:
+    """As soon as a rank has taken its own of a chunk that no memory tier keeps: a long prompt's are many."""
+    whole: list[weakref.ref[torch.Tensor]] = []
+
+    def own_heads(chunk: ChunkKV) -> ChunkKV:
+        whole.append(weakref.ref(chunk.kv))
+        return dataclasses.replace(chunk, kv=chunk.kv[:, :, :, :1].clone())
+
+    kv = SimpleNamespace(num_kv_heads=1, head_dim=4, dtype=torch.float32)
+    model: Any = SimpleNamespace(kernel_passes=None, own_heads=own_heads, kv=kv, layers=[None, None])
+    with contextlib.closing(DiskStore(tmp_path)) as store:
+        store.put(both := dataclasses.replace(CHUNKS[0], kv=torch.zeros(2, 2, 1, 2, 4)))
+        reads: list[_Read] = []
+        own = WorkerHalf(model, store)._read(both.key, reads)
+    assert own is not None and own.kv.shape[3] == 1
+    assert [(read.key, read.tier, read.nbytes) for read in reads] == [(both.key, "disk", both.nbytes)]
+    assert [one() for one in whole] == [None]
