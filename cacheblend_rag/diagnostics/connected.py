@@ -53,7 +53,7 @@ class InProcess:
         checks = check_exactness(self.engine, prompt, chunks)
         errors = self.engine.describe().get("shift_errors")
         if not errors:
-            figure = "not measured here: the connector, of an earlier version, does not tell"
+            figure = "not measured here: it failed (see the workers' log), or an earlier version runs there"
             return [*checks, Check("keys can be shifted, in every layer", True, figure)]
         return [*checks, check_shift(self.engine, errors, times=_THROUGH_LAYERS)]
 

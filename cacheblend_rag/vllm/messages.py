@@ -156,7 +156,8 @@ class FoundAtStart(KVConnectorHandshakeMetadata):
         refusal: Why it can't be blended; empty if it can.
         prefill_seconds: What plain prefill takes at least, a token; None: not known.
         blend_seconds: What a blend takes beside the tokens that it computes; None: not known.
-        shift_errors: In each layer, how far shifted keys are from those computed there, as a share of the largest.
+        shift_errors: In each layer, how far shifted keys are from those computed there, as a share of the largest;
+            empty: not known.
     """
 
     refusal: str

@@ -40,6 +40,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _FLOAT8_TOLERANCE = 0.12  # a key is rounded once where it is computed, twice where it is shifted
 _THROUGH_LAYERS = 5
 _WRONG = 100.0  # far from any key or value
+_BEYOND = 1e6  # times the largest key: beyond any error that means something
 _PASSES = (32, 128, 512, 2048)  # rows: more gain little
 _MOST_SECONDS = 1.0  # that a start waits for them
 _MATCHED, _ASKED = 256, 32  # tokens of a short prompt
@@ -68,15 +69,44 @@ def probe(model: PagedModel) -> None:
 
 @torch.inference_mode()
 def measure_shift(model: PagedModel) -> tuple[float, ...]:
-    """How far shifted keys are from those computed there, in each layer, as a share of the layer's largest key."""
-    token_ids, places, block_ids = _text(model)
-    forward = PagedForward(model, token_ids, block_ids, 0)
-    table = torch.tensor(block_ids, device=model.kv.device)
-    run_rows(model, token_ids, places, places + _SHIFT, table)
-    moved = forward.read(0, _TOKENS)
-    run_rows(model, token_ids, places, places, table)
-    shifted = _shifted(model, forward.read(0, _TOKENS), block_ids)
-    return tuple(_relative(one[0], other[0]) for one, other in zip(shifted, moved, strict=True))
+    """How far shifted keys are from those computed there, in each layer, as a share of the layer's largest key.
+
+    Returns:
+        Finite numbers, which JSON can carry: a million where a key is NaN. Empty if it can't be told: nothing depends
+        on it but what the doctor shows.
+    """
+    try:
+        moved = _computed_at(model, _SHIFT)
+        shifted = _shifted(model, _computed_at(model, 0), _text(model)[2])
+        return tuple(_share(one[0], other[0]) for one, other in zip(shifted, moved, strict=True))
+    except Exception:  # out of memory, perhaps
+        logger.warning("the shift of keys could not be measured: the doctor will not show it", exc_info=True)
+        return ()
+
+
+def _computed_at(model: PagedModel, first: int) -> torch.Tensor:
+    """The KV of the text as the model computes it where its first token is at some position.
+
+    Raises:
+        RuntimeError: on some rank it could not be computed: none goes on to the next pass, where all take part.
+    """
+    fault: Exception | None = None
+    try:
+        token_ids, places, block_ids = _text(model)
+        run_rows(model, token_ids, places, places + first, torch.tensor(block_ids, device=model.kv.device))
+        kv = PagedForward(model, token_ids, block_ids, 0).read(0, _TOKENS)
+    except Exception as error:
+        fault = error
+    if any(model.agree([fault is not None])):
+        raise RuntimeError("the KV of a text could not be computed") from fault
+    return kv
+
+
+def _share(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest value, which may be 0; always finite."""
+    miss = float((got.float() - expected.float()).abs().max())
+    share = miss / max(float(expected.float().abs().max()), torch.finfo(torch.float32).tiny)
+    return share if share < _BEYOND else _BEYOND  # NaN too
 
 
 @torch.inference_mode()

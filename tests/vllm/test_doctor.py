@@ -7,11 +7,13 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from cacheblend_rag.budget import Budget
@@ -23,14 +25,17 @@ from cacheblend_rag.diagnostics import comparing, sweep
 from cacheblend_rag.diagnostics.checks import Check
 from cacheblend_rag.diagnostics.comparing import ByTopTokens
 from cacheblend_rag.diagnostics.connected import InProcess
+from cacheblend_rag.diagnostics.exactness import check_shift
 from cacheblend_rag.diagnostics.prompts import sample_prompt, sample_prompts
 from cacheblend_rag.diagnostics.sweep import settings_to_try
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.stats import BlendStats
+from cacheblend_rag.vllm import probe as probing
 from cacheblend_rag.vllm.costs import DiskCosts
 from cacheblend_rag.vllm.messages import FoundAtStart
+from cacheblend_rag.vllm.model import PagedModel
 
-from .conftest import CHUNKS, WIDE, Case, connectors, recorded_logits
+from .conftest import CHUNKS, WIDE, Case, connectors, forget_prefixes, recorded_logits
 
 I1, SHIFT = "ratio 1 is full prefill", "keys can be shifted, in every layer"
 I2 = "exact KV gives exact answers, behind the primer"
@@ -108,6 +113,69 @@ def test_keys_that_can_not_be_shifted_are_seen(case: Case, subject: InProcess, m
     assert not checks[SHIFT].ok and "in layer 1" in checks[SHIFT].figure
     monkeypatch.setattr(half, "_shift_errors", [])  # as an earlier version, which tells nothing
     assert exactness(subject)[SHIFT].figure.startswith("not measured here")
+
+
+@pytest.fixture
+def paged(case: Case) -> Iterator[PagedModel]:
+    """The model as the worker measures it at start, in blocks that nobody uses yet."""
+    yield connectors(case.engine)[1]._worker._model
+    forget_prefixes(case.engine)
+
+
+def test_a_layer_without_keys_has_an_error_of_zero(paged: PagedModel) -> None:
+    """Not NaN, which is no JSON."""
+    attention = paged.model.model.layers[1].self_attn
+
+    def no_keys(_: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+        output[0][:, attention.q_size : attention.q_size + attention.kv_size] = 0
+        return output
+
+    with attention.qkv_proj.register_forward_hook(no_keys):
+        errors = probing.measure_shift(paged)
+    assert errors[1] == 0
+    assert all(0 < error < 1e-3 for layer, error in enumerate(errors) if layer != 1)
+    json.dumps(errors, allow_nan=False)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e38])
+def test_a_broken_shift_is_told_in_finite_numbers(
+    case: Case, paged: PagedModel, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shift = probing._shifted
+
+    def broken(*args: Any) -> torch.Tensor:
+        kv = shift(*args)
+        kv[2, 0] = wrong
+        return kv
+
+    monkeypatch.setattr(probing, "_shifted", broken)
+    errors = probing.measure_shift(paged)
+    json.dumps(errors, allow_nan=False)
+    check = check_shift(case.engine, errors, times=5)
+    assert not check.ok and "in layer 2" in check.figure
+
+
+@pytest.mark.parametrize("step", ["run_rows", "_shifted"])
+def test_a_start_does_not_fail_for_the_shift(
+    paged: PagedModel, step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(probing, step, fail)
+    with caplog.at_level(logging.WARNING, logger="cacheblend_rag"):
+        assert probing.measure_shift(paged) == ()
+    assert "the shift of keys could not be measured" in caplog.text and "out of memory" in caplog.text
+
+
+def test_no_rank_goes_on_alone(paged: PagedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the second pass, where it would wait for the one that failed."""
+    passes: list[Any] = []
+    run_rows = probing.run_rows
+    monkeypatch.setattr(probing, "run_rows", lambda *args: passes.append(args) or run_rows(*args))
+    monkeypatch.setattr(paged, "agree", lambda failed: [True] * len(failed))  # another one did
+    assert probing.measure_shift(paged) == ()
+    assert len(passes) == 1
 
 
 def test_its_own_chunks_do_not_count(case: Case, subject: InProcess) -> None:
