@@ -106,8 +106,9 @@ class RequestLog:
     """Observes one engine: appends a line for each of its answers to a file.
 
     Any number of engines and processes may append to the same file. Once it holds half of ``max_bytes`` it is renamed
-    to ``<path>.1``, in place of the one before, and a new one begins. What can't be written (a full disk) is left out,
-    with a warning: answers don't suffer.
+    to ``<path>.1``, in place of the one before, and a new one begins. What can't be written (a full disk, a file that
+    a stopped process has locked) is left out, with a warning: answers don't suffer. A lock is waited for up to half a
+    second; after a line that was left out, not at all until one could be written again.
 
     Args:
         engine: Names model and namespace.
@@ -141,18 +142,19 @@ class RequestLog:
             memory,
             disk_max_bytes,
         )
-        try:
-            with self._mutex:
-                self._append(request.to_line())
-            self._is_failing = False
-        except OSError as error:
-            if not self._is_failing:  # once, not with every request
-                _log.warning("requests are not logged to %s: %s", self._path, error)
-            self._is_failing = True
+        with self._mutex:
+            try:
+                # A process that was stopped while it wrote is waited for by one answer, not by each in turn.
+                self._append(request.to_line(), wait=0.0 if self._is_failing else _WAIT_SECONDS)
+                self._is_failing = False
+            except OSError as error:
+                if not self._is_failing:  # once, not with every request
+                    _log.warning("requests are not logged to %s: %s", self._path, error)
+                self._is_failing = True  # before the next thread has its turn
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, line: bytes, wait: float) -> None:
         while True:
-            with _locked(self._path) as file:
+            with _locked(self._path, wait) as file:
                 size = os.fstat(file).st_size
                 if size and size + len(line) > self._most:
                     os.replace(self._path, f"{self._path}.1")
@@ -200,9 +202,9 @@ def _open(path: str) -> int:
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[int]:
-    """The file that has this name, for no other process to write while it is open here."""
-    until = time.monotonic() + _WAIT_SECONDS
+def _locked(path: str, wait: float) -> Iterator[int]:
+    """The file that has this name, for no other process to write while it is open here; tried once at least."""
+    until = time.monotonic() + wait
     while True:
         file = _open(path)
         try:
@@ -211,8 +213,8 @@ def _locked(path: str) -> Iterator[int]:
                 return
         finally:
             os.close(file)
-        if time.monotonic() > until:
-            raise TimeoutError(f"another process has locked it for {_WAIT_SECONDS:g} s")
+        if time.monotonic() >= until:
+            raise TimeoutError(f"another process has locked it for {wait:g} s")
         time.sleep(0.001)
 
 

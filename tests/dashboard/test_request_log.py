@@ -9,6 +9,9 @@ import logging
 import multiprocessing
 import os
 import stat
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,6 +201,35 @@ def test_a_lock_that_is_never_released_is_not_waited_for(
     assert "another process has locked it" in caplog.text
     log(request().stats)
     assert len(LogReader(path).read().requests) == 1
+
+
+def test_a_lock_that_is_never_released_delays_one_answer_not_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, lock, tries = tmp_path / "log", request_log._lock, Counter[int]()
+
+    def counted_lock(file: int) -> bool:
+        tries[threading.get_ident()] += 1
+        return lock(file)
+
+    monkeypatch.setattr(request_log, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(request_log, "_lock", counted_lock)
+    log, together = RequestLog(engine(), path), threading.Barrier(4)
+
+    def answer(number: int) -> None:
+        together.wait()
+        log(request(prompt_tokens=number).stats)
+
+    for _ in range(2):  # once it could be had again, it is waited for again
+        tries.clear()
+        with path.open("rb") as file, ThreadPoolExecutor(4) as pool:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            list(pool.map(answer, range(4)))
+            first, *others = sorted(tries.values(), reverse=True)
+            assert first > 1 and others == [1, 1, 1]
+        log(request(prompt_tokens=9).stats)
+    assert [one.stats.prompt_tokens for one in LogReader(path).read().requests] == [9, 9]
+    assert len(caplog.records) == 2
 
 
 def test_a_line_never_goes_to_a_file_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
