@@ -29,18 +29,25 @@ from cacheblend_rag.validation import is_number
 logger = logging.getLogger(__name__)
 
 MOST_KL = 0.1
-"""Nats a token, on average, that blended answers may be from full prefill's: as far as ``cacheblend doctor`` allows."""
+"""Nats a token, on average, that blended answers may be from full prefill's."""
 
 TURNED_OFF = "the guard has turned blending off"
 """The reason in the stats of prompts that were not blended because of it."""
 
 _LEAST_RATIOS = (0.0, 0.25, 0.5, 1.0)  # one after the other; 1 is full prefill
-_FEWEST, _WINDOW = 8, 64  # comparisons that it decides by
-_BEYOND_CHANCE = 1.64  # standard errors: 95 %, one-sided
+_FEWEST, _WINDOW = 8, 128  # answers of one ratio that it decides by
+# Standard errors. It is looked at after each answer, so it has to be rarer than once would do: at a true mean of as
+# much as is allowed, one guard in a hundred raises the ratio within a thousand answers.
+_BEYOND_CHANCE = 3.0
+_WRONG = 10.0  # nats: what counts for an answer whose distributions are not numbers
 _MOST_WAITING = 2  # answers; more are let go: they hold their prompts
 _CLOSE_SECONDS = 5.0  # for a comparison that is under way
 
-Compare = Callable[["Answered"], float]
+Compare = Callable[["Answered"], float | None]
+
+
+class TurnedOff(BlendConfig):
+    """Settings of a request that is not blended because of the guard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +71,10 @@ class GuardReport:
 
     Attributes:
         compared: Answers that were compared with full prefill.
-        dropped: Answers that were not, because others were waiting.
+        dropped: Answers that were not: others were waiting, or their chunks were gone by then.
         failed: Comparisons that failed; see the log.
-        mean_kl: KL divergence of the next token from full prefill's, nats a token, mean over the last comparisons since
-            the ratio was raised; None if there were none.
+        mean_kl: KL divergence of the next token from full prefill's, nats a token, over the first tokens of the last
+            answers whose ratio is still in use, mean of their means; on vLLM at least so much. None if there were none.
         least_ratio: Prompts are blended with this ``recompute_ratio`` at least; 0: with what is set, 1: not at all.
     """
 
@@ -92,58 +99,61 @@ class Guard:
     """Watches the answers of one engine. Threads may share it.
 
     Args:
-        compare: The KL divergence of an answer from full prefill's, nats a token; called in a thread of the guard.
+        compare: The KL divergence of an answer from full prefill's, nats a token; None if its prompt is not blended any
+            more. Called in a thread of the guard.
         share: Of the blended answers, how many are compared, in (0, 1].
-        most_kl: The mean that is near enough.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    def __init__(self, compare: Compare, share: float, most_kl: float = MOST_KL) -> None:
+    def __init__(self, compare: Compare, share: float) -> None:
         check_share(share)
         self._compare = compare
         self._share = share
-        self._most_kl = most_kl
         self._random = random.Random()
         self._lock = threading.Lock()
-        self._waiting: queue.Queue[tuple[int, Answered] | None] = queue.Queue(_MOST_WAITING)
+        self._waiting: queue.Queue[Answered | None] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._level = 0
-        self._found: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._least = 0.0
+        self._found: dict[float, collections.deque[float]] = {}  # by ratio
         self._compared = self._dropped = self._failed = 0
 
     def adjust(self, config: BlendConfig) -> BlendConfig:
         """The settings that a request is read with: no less is recomputed than the guard has found to be needed."""
-        from cacheblend_rag.budget import ratios  # here: it needs torch
-
-        least = _LEAST_RATIOS[self._level]
-        if config.mode == "off" or ratios(config)[0] >= least:
+        least = self._least
+        if config.mode == "off" or not least or _ratio(config) >= least:
             return config
         if least == 1:
-            return dataclasses.replace(config, mode="off")
+            fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+            return TurnedOff(**{**fields, "mode": "off"})
         if config.recompute_ratio == AUTO:
             return dataclasses.replace(config, ratio_range=(least, max(least, config.ratio_range[1])))
         return dataclasses.replace(config, recompute_ratio=least)
 
     def saw(self, answered: Answered, stats: BlendStats) -> None:
         """Tell of an answer. It is compared by and by, or not; what goes wrong there is logged."""
-        if stats.decision != "blend":
-            if self._level == len(_LEAST_RATIOS) - 1 and stats.reason == "mode is off":
-                stats.reason = TURNED_OFF
+        if isinstance(answered.config, TurnedOff):
+            stats.reason = TURNED_OFF
+        if stats.decision != "blend" or not answered.token_ids:
             return
         with self._lock:
-            if self._closed or not answered.token_ids or self._random.random() >= self._share:
+            if self._closed or self._random.random() >= self._share:
                 return
             try:
-                self._waiting.put_nowait((self._level, answered))
+                # The list of tokens is the user's by now.
+                self._waiting.put_nowait(dataclasses.replace(answered, token_ids=tuple(answered.token_ids)))
             except queue.Full:
                 self._dropped += 1
                 return
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="cacheblend-guard", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError as error:  # there are too many, or Python is ending
+                    self._thread = None
+                    logger.debug("the guard can't start its thread: %s", error)
 
     @property
     def is_comparing(self) -> bool:
@@ -153,58 +163,80 @@ class Guard:
     def report(self) -> GuardReport:
         """What was found so far."""
         with self._lock:
-            mean = statistics.fmean(self._found) if self._found else None
-            return GuardReport(self._compared, self._dropped, self._failed, mean, _LEAST_RATIOS[self._level])
+            found = [kl for of_ratio in self._found.values() for kl in of_ratio]
+            mean = statistics.fmean(found) if found else None
+            return GuardReport(self._compared, self._dropped, self._failed, mean, self._least)
 
     def reset(self) -> None:
         """Blend as is set again: the cause is mended, such as chunks that were ingested wrongly."""
         with self._lock:
-            self._level = 0
+            self._least = 0.0
             self._found.clear()
 
     def close(self) -> None:
         """Compare nothing more, and wait a little for what is under way; closing twice does nothing."""
         with self._lock:
-            self._closed = True
+            already, self._closed = self._closed, True
             thread = self._thread
-            while not self._waiting.empty():
-                self._waiting.get_nowait()
-            self._waiting.put_nowait(None)
-        if thread is not None:
-            thread.join(_CLOSE_SECONDS)
+        if thread is None or already:
+            return
+        while True:  # nobody adds any more
+            try:
+                self._waiting.put_nowait(None)
+                break
+            except queue.Full:
+                self._drop_one()
+        thread.join(_CLOSE_SECONDS)
+
+    def _drop_one(self) -> None:
+        try:
+            self._waiting.get_nowait()
+        except queue.Empty:  # the thread was quicker
+            return
 
     def _run(self) -> None:
-        while (taken := self._waiting.get()) is not None:
-            level, answered = taken
+        while (answered := self._waiting.get()) is not None and not self._closed:
             try:
                 kl = self._compare(answered)
             except Exception as error:
                 if self._closed:
                     return
-                logger.warning("an answer could not be compared with full prefill: %s", error)
                 with self._lock:
                     self._failed += 1
+                level = logging.WARNING if self._failed == 1 else logging.DEBUG
+                logger.log(level, "an answer could not be compared with full prefill: %s", error)
                 continue
             with self._lock:
-                self._compared += 1
-                if level == self._level:
-                    self._judge(kl)
+                # One that began before the ratio was raised says nothing of the new one.
+                if kl is None or self.adjust(answered.config) != answered.config:
+                    self._dropped += 1
+                else:
+                    self._compared += 1
+                    self._judge(kl, _ratio(answered.config))
 
-    def _judge(self, kl: float) -> None:
-        self._found.append(kl if math.isfinite(kl) else self._most_kl * _WINDOW)  # NaN is as wrong as can be
-        if len(self._found) < _FEWEST or self._level == len(_LEAST_RATIOS) - 1:
+    def _judge(self, kl: float, ratio: float) -> None:
+        found = self._found.setdefault(ratio, collections.deque(maxlen=_WINDOW))
+        found.append(kl if math.isfinite(kl) else _WRONG)
+        if len(found) < _FEWEST or ratio >= 1:
             return
-        mean = statistics.fmean(self._found)
-        error = statistics.stdev(self._found) / math.sqrt(len(self._found))
-        if mean - _BEYOND_CHANCE * error <= self._most_kl:
+        mean = statistics.fmean(found)
+        if mean - _BEYOND_CHANCE * statistics.stdev(found) / math.sqrt(len(found)) <= MOST_KL:
             return
-        self._level += 1
-        least = _LEAST_RATIOS[self._level]
+        self._least = next(least for least in _LEAST_RATIOS if least > ratio)
+        for of_ratio in [of_ratio for of_ratio in self._found if of_ratio < self._least]:
+            del self._found[of_ratio]
         logger.warning(
-            "blended answers are %.3f nats a token from full prefill (mean of %d, at most %g): %s",
+            "answers at recompute_ratio %g are %.3f nats a token from full prefill (mean of %d, at most %g): %s",
+            ratio,
             mean,
-            len(self._found),
-            self._most_kl,
-            "blending is turned off" if least == 1 else f"recompute_ratio is {least:g} at least from now on",
+            len(found),
+            MOST_KL,
+            "blending is turned off" if self._least == 1 else f"it is {self._least:g} at least from now on",
         )
-        self._found.clear()
+
+
+def _ratio(config: BlendConfig) -> float:
+    """The least share of the matched tokens that is recomputed."""
+    from cacheblend_rag.budget import ratios  # here: it needs torch
+
+    return ratios(config)[0]

@@ -8,13 +8,15 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cacheblend_rag.errors import ConfigError, EngineMemoryError
+from cacheblend_rag.errors import EngineMemoryError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_MARGIN = 256 << 20  # of a GPU: memory is not taken to the last byte
 _CPU_FULL = "can't allocate memory"  # what torch's CPU allocator says: its error has no class of its own
 
 
@@ -46,57 +48,54 @@ class MemoryPlan:
         return min(self.context_window, max(self.free - self.chunks * self.on_host, 0) // self.token)
 
     def __str__(self) -> str:
-        free = "" if self.free is None else f", {_gb(self.free)} free"
+        free = "" if self.free is None else f", {gigabytes(self.free)} free"
         if self.longest_prompt is not None and self.longest_prompt < self.context_window:
             free += f": enough for one prompt of {self.longest_prompt:,} tokens"
-        longest = f"{_gb(self.token * self.context_window)} for {self.context_window:,}"
+        longest = f"{gigabytes(self.token * self.context_window)} for {self.context_window:,}"
         return (
-            f"weights {_gb(self.weights)}, KV {self.token:,} bytes a token ({longest}), "
-            f"chunks up to {_gb(self.chunks)} of the host's memory{free}"
+            f"weights {gigabytes(self.weights)}, KV {self.token:,} bytes a token ({longest}), "
+            f"chunks up to {gigabytes(self.chunks)} of the host's memory{free}"
         )
 
 
-def check_weights_fit(name: str, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Check that a model's weights fit, before they are loaded.
-
-    Args:
-        name: What the user called the model.
-        directory: Where it is. Only safetensors files are looked at.
-        dtype: What they will be.
-        device: Where they will be.
-
-    Raises:
-        ConfigError: they don't.
-    """
-    needed, free = weight_bytes(directory, dtype), free_bytes(device)
-    if free is not None and needed > free:
-        raise ConfigError(
-            f"the weights of {name!r} take {_gb(needed)} as {str(dtype).removeprefix('torch.')}, and {_gb(free)} are "
-            f"free on {device}: free some there, or change device, dtype or the model"
-        )
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int | None:
+    """Bytes of a model's weights as a dtype, by the headers of its safetensors files; None if these don't tell."""
+    index, elements = directory / "model.safetensors.index.json", 0
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        for name in names:
+            header = _read_header(directory / name)
+            elements += sum(math.prod(told["shape"]) for tensor, told in header.items() if tensor != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError):  # another format, or damaged: loading it will tell
+        return None
+    return elements * dtype.itemsize or None
 
 
-def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """Bytes of the weights in a directory's safetensors files, as a dtype."""
-    elements = 0
-    for file in directory.glob("*.safetensors"):
-        with file.open("rb") as opened:  # the length of a JSON header, and the header: see safetensors' format
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        elements += sum(math.prod(told["shape"]) for tensor, told in header.items() if tensor != "__metadata__")
-    return elements * dtype.itemsize
+def _read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: the length of some JSON, and the JSON."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"{file} is not whole")
+        header: dict[str, Any] = json.loads(opened.read(length))
+        return header
 
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can be had on a device; None if the system doesn't tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     if device.type != "cpu" or not _MEMINFO.exists():
         return None
     told = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     free = int(told["MemAvailable"].split()[0]) * 1024
-    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
-    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    with contextlib.suppress(OSError, ValueError, LookupError):  # no container, or none with a limit
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        of_files = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Pages of files count as used, and make room when it is needed.
+        used -= int(of_files["active_file"]) + int(of_files["inactive_file"])
+        free = min(free, limit - used)
     return free
 
 
@@ -132,8 +131,9 @@ def room_for_chunks(wanted: int, free: int, total: int, utilization: float) -> i
         utilization: vLLM's ``gpu_memory_utilization``.
     """
     still_to_come = max(utilization * total - (total - free), 0)
-    return min(wanted, max(int(free - still_to_come), 0))
+    return min(wanted, max(int(free - still_to_come) - _MARGIN, 0))
 
 
-def _gb(nbytes: int) -> str:
+def gigabytes(nbytes: int) -> str:
+    """For people."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

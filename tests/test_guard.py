@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig, ConfigError
 from cacheblend_rag.divergence import divergence_of_tops
-from cacheblend_rag.guard import TURNED_OFF, Answered, Guard
+from cacheblend_rag.guard import TURNED_OFF, Answered, Guard, TurnedOff
 from cacheblend_rag.stats import BlendStats
 
 BLENDED = BlendStats(100, decision="blend")
@@ -27,27 +27,27 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def show(guard: Guard, config: BlendConfig, divergences: Iterable[float], told: list[float]) -> None:
-    """Answers one after the other, each as far from full prefill as it says."""
+def show(guard: Guard, config: BlendConfig, divergences: Iterable[float], told: list[float | None]) -> None:
+    """Answers one after the other, each as far from full prefill as it says, as the guard adjusts the settings."""
     for kl in divergences:
-        report = guard.report()
+        before = guard.report()
         told.append(kl)
-        guard.saw(Answered([1], [2], config), BLENDED)
-        wait_for(lambda report=report: guard.report().compared > report.compared)  # type: ignore[misc]
+        guard.saw(Answered([1], [2], guard.adjust(config)), BLENDED)
+        wait_for(lambda before=before: guard.report().compared > before.compared)  # type: ignore[misc]
 
 
 @pytest.fixture
-def told() -> list[float]:
+def told() -> list[float | None]:
     return []
 
 
 @pytest.fixture
-def guard(told: list[float]) -> Guard:
+def guard(told: list[float | None]) -> Guard:
     return Guard(lambda answered: told.pop(0), share=1.0)
 
 
 def test_answers_that_are_too_far_raise_the_ratio_and_then_turn_blending_off(
-    guard: Guard, told: list[float], caplog: pytest.LogCaptureFixture
+    guard: Guard, told: list[float | None], caplog: pytest.LogCaptureFixture
 ) -> None:
     default, more, auto = BlendConfig(), BlendConfig(recompute_ratio=0.6), BlendConfig(recompute_ratio="auto")
     assert guard.adjust(default) is default
@@ -68,59 +68,118 @@ def test_answers_that_are_too_far_raise_the_ratio_and_then_turn_blending_off(
     show(guard, default, [0.3] * 8, told)
     assert guard.adjust(default).mode == guard.adjust(more).mode == guard.adjust(auto).mode == "off"
     (record,) = caplog.records
-    assert "0.300 nats a token" in record.getMessage()
+    assert "at recompute_ratio 0.5 are 0.300 nats a token" in record.getMessage()
     assert "blending is turned off" in record.getMessage()
-    stats = BlendStats(100, decision="prefill", reason="mode is off")
-    guard.saw(Answered([1], [2], default), stats)
-    assert stats.reason == TURNED_OFF
     guard.reset()
     assert guard.adjust(default) is default
 
 
-def test_answers_that_are_near_change_nothing(guard: Guard, told: list[float]) -> None:
+def test_only_who_would_have_been_blended_is_told_of_the_guard(guard: Guard, told: list[float | None]) -> None:
+    show(guard, BlendConfig(), [0.3] * 24, told)
+    off = guard.adjust(BlendConfig())
+    assert off.to_dict() == BlendConfig(mode="off").to_dict()
+    for config, reason in ((off, TURNED_OFF), (guard.adjust(BlendConfig(mode="off")), "mode is off")):
+        stats = BlendStats(100, decision="prefill", reason="mode is off")
+        guard.saw(Answered([1], [2], config), stats)
+        assert stats.reason == reason
+    assert isinstance(off, TurnedOff)
+    assert guard.adjust(BlendConfig(recompute_ratio=1.0)).mode == "auto"  # full prefill by itself
+
+
+def test_a_raise_is_one_that_changes_something(guard: Guard, told: list[float | None]) -> None:
+    some = BlendConfig(recompute_ratio=0.3)
+    show(guard, some, [0.3] * 8, told)
+    assert guard.report().least_ratio == 0.5
+    assert guard.adjust(some).recompute_ratio == 0.5
+
+
+def test_answers_of_other_ratios_are_judged_by_themselves(guard: Guard, told: list[float | None]) -> None:
+    for _ in range(8):
+        show(guard, BlendConfig(), [0.5], told)
+        show(guard, BlendConfig(recompute_ratio=1.0), [0.0], told)  # would have hidden them
+    assert guard.report().least_ratio == 0.25
+    assert guard.report().mean_kl == 0.0  # those of ratio 1 are left
+    show(guard, BlendConfig(recompute_ratio=1.0), [5.0] * 20, told)
+    assert guard.report().least_ratio == 0.25  # whatever it is: there is no more to recompute
+
+
+def test_answers_that_are_near_change_nothing(guard: Guard, told: list[float | None]) -> None:
     show(guard, BlendConfig(), [0.09] * 100, told)
     report = guard.report()
     assert (report.compared, report.failed, report.dropped, report.least_ratio) == (100, 0, 0, 0)
     assert report.mean_kl == pytest.approx(0.09)
 
 
-def test_one_answer_that_is_far_may_be_chance(guard: Guard, told: list[float]) -> None:
-    show(guard, BlendConfig(), [0.02] * 7 + [2.0] + [0.02] * 20, told)
+def test_a_few_answers_that_are_far_may_be_chance(guard: Guard, told: list[float | None]) -> None:
+    show(guard, BlendConfig(), [0.02] * 7 + [2.0] + [0.02] * 20 + [1.0, 0.02, 1.5] + [0.02] * 20, told)
     assert guard.report().least_ratio == 0
 
 
-def test_the_latest_answers_count(guard: Guard, told: list[float]) -> None:
-    show(guard, BlendConfig(), [0.0] * 200 + [0.5] * 40, told)
+def test_means_as_large_as_allowed_are_left_alone(guard: Guard, told: list[float | None]) -> None:
+    values = np.random.default_rng(0).exponential(0.09, 400)
+    show(guard, BlendConfig(), values.tolist(), told)
+    assert guard.report().least_ratio == 0
+
+
+def test_the_latest_answers_count(guard: Guard, told: list[float | None]) -> None:
+    show(guard, BlendConfig(), [0.0] * 200 + [0.5] * 100, told)
     assert guard.report().least_ratio > 0
 
 
-def test_no_number_is_as_wrong_as_can_be(guard: Guard, told: list[float]) -> None:
+def test_no_number_is_as_wrong_as_can_be(guard: Guard, told: list[float | None]) -> None:
     show(guard, BlendConfig(), [math.nan] * 8, told)
     assert guard.report().least_ratio == 0.25
 
 
-def test_what_was_answered_at_another_ratio_does_not_count() -> None:
-    begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
-
-    def compare(answered: Answered) -> float:
-        begun.release()
-        assert go_on.acquire(timeout=30)
-        return 0.3
-
-    guard = Guard(compare, share=1.0)
-    for count in range(8):  # the second waits while the first is compared, and so on: the last one is of the old ratio
-        guard.saw(Answered([1], [2], BlendConfig()), BLENDED)
-        if count:
-            go_on.release()
-        assert begun.acquire(timeout=30)
-    guard.saw(Answered([1], [2], BlendConfig()), BLENDED)
-    go_on.release()
-    assert begun.acquire(timeout=30)
+def test_what_was_answered_at_another_ratio_does_not_count(guard: Guard, told: list[float | None]) -> None:
+    """Such as long answers that began before the ratio was raised."""
+    began = guard.adjust(BlendConfig())
+    show(guard, BlendConfig(), [0.3] * 8, told)
     assert guard.report().least_ratio == 0.25
-    go_on.release()
-    wait_for(lambda: guard.report().compared == 9)
-    assert guard.report().mean_kl is None
+    for count in range(20):
+        told.append(0.5)
+        guard.saw(Answered([1], [2], began), BLENDED)
+        wait_for(lambda count=count: guard.report().dropped == count + 1)  # type: ignore[misc]
+    assert guard.report().least_ratio == 0.25
+    assert guard.report().compared == 8
+
+
+def test_prompts_that_are_not_blended_any_more_are_not_compared(guard: Guard, told: list[float | None]) -> None:
+    told.append(None)
+    guard.saw(Answered([1], [2], BlendConfig()), BLENDED)
+    wait_for(lambda: guard.report().dropped == 1)
+    assert (guard.report().compared, guard.report().mean_kl) == (0, None)
+
+
+def test_the_tokens_of_an_answer_are_the_users(told: list[float | None]) -> None:
+    seen: list[Answered] = []
+    guard = Guard(lambda answered: seen.append(answered) or 0.0, share=1.0)  # type: ignore[func-returns-value]
+    tokens = [2, 3]
+    guard.saw(Answered([1], tokens, BlendConfig()), BLENDED)
+    tokens.clear()
+    wait_for(lambda: bool(seen))
+    assert list(seen[0].token_ids) == [2, 3]
+
+
+def test_no_thread_costs_no_answer(monkeypatch: pytest.MonkeyPatch, guard: Guard) -> None:
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        guard.saw(Answered([1], [2], BlendConfig()), BLENDED)
     guard.close()
+    guard.close()
+
+
+def test_closing_while_it_compares() -> None:
+    for _ in range(200):
+        guard = Guard(lambda answered: 0.0, share=1.0)
+        for _ in range(3):
+            guard.saw(Answered([1], [2], BlendConfig()), BLENDED)
+        guard.close()
+        assert guard._thread is not None
+        assert not guard._thread.is_alive()
 
 
 def test_a_share_of_the_answers_is_compared() -> None:
@@ -156,7 +215,7 @@ def test_nobody_waits_for_a_guard_that_is_busy() -> None:
     wait_for(lambda: guard.report().compared + guard.report().dropped == 20)
 
 
-def test_a_comparison_that_fails_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_comparisons_that_fail_are_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     def compare(answered: Answered) -> float:
         raise RuntimeError("no such server")
 
@@ -164,11 +223,12 @@ def test_a_comparison_that_fails_is_logged_and_counted(caplog: pytest.LogCapture
     for expected in (1, 2):
         guard.saw(Answered([1], [2], BlendConfig()), BLENDED)
         wait_for(lambda expected=expected: guard.report().failed == expected)  # type: ignore[misc]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no such server" in caplog.text
     assert guard.report().compared == 0
 
 
-def test_after_it_is_closed_nothing_is_compared(guard: Guard, told: list[float]) -> None:
+def test_after_it_is_closed_nothing_is_compared(guard: Guard, told: list[float | None]) -> None:
     show(guard, BlendConfig(), [0.0], told)
     for _ in range(3):
         guard.close()

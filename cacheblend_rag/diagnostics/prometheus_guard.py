@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,15 @@ class GuardCollector(Collector):
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine = weakref.ref(engine)  # a registry lives longer than an engine
+        self._values = (engine.model_name, engine.scope.namespace)
 
     def collect(self) -> Iterator[Metric]:
         """See the base class."""
-        if self._engine.guard is None:
+        engine = self._engine()
+        if engine is None or engine.guard is None:
             return
-        report = self._engine.guard.report()
-        values = (self._engine.model_name, self._engine.scope.namespace)
+        report, values = engine.guard.report(), self._values
         counts = {"compared": report.compared, "dropped": report.dropped, "failed": report.failed}
         answers = CounterMetricFamily(
             "cacheblend_guard_answers",
@@ -49,7 +51,7 @@ class GuardCollector(Collector):
         if report.mean_kl is not None:
             mean = GaugeMetricFamily(
                 "cacheblend_guard_mean_kl_nats",
-                "KL divergence of blended answers from full prefill, per token, mean of the last ones",
+                "KL divergence of the last blended answers from full prefill, nats a token (at least, on vLLM)",
                 labels=_LABELS,
             )
             mean.add_metric(values, report.mean_kl)

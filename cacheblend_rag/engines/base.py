@@ -9,7 +9,6 @@ import contextvars
 import dataclasses
 import functools
 import logging
-import statistics
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, overload
 import numpy as np
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.divergence import divergence_of_tops
 from cacheblend_rag.engines.sampling import SamplingParams as SamplingParams
 from cacheblend_rag.errors import (
     CacheBlendError,
@@ -41,9 +39,6 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
 Observer = Callable[[BlendStats], None]
-
-_COMPARED = 4  # tokens of an answer that are compared with full prefill where each is a request
-_TOPS = SamplingParams(max_tokens=1, logprobs=20)  # as many as vLLM tells unless it is told otherwise
 
 
 class Engine(abc.ABC):
@@ -152,29 +147,28 @@ class Engine(abc.ABC):
         Raises:
             ConfigError: it is not.
         """
+        if self.guard is not None:
+            self.guard.close()
         self.guard = Guard(self._divergence, share)
 
-    def _divergence(self, answered: Answered) -> float:
-        """KL divergence of an answer from full prefill's, nats a token; at least, if not all tokens are compared."""
-        ids, off = self._prompt_ids(answered.prompt), dataclasses.replace(answered.config, mode="off")
-        compared = []
-        for count in range(min(len(answered.token_ids), _COMPARED)):
-            asked = [*ids, *answered.token_ids[:count]]
-            (full,), (blended,) = (self._answer([asked], config, _TOPS) for config in (off, answered.config))
-            assert full.logprobs is not None
-            assert blended.logprobs is not None  # they were asked for
-            compared.append(divergence_of_tops(full.logprobs[0], blended.logprobs[0]))
-        return statistics.fmean(compared)
+    @abc.abstractmethod
+    def _divergence(self, answered: Answered) -> float | None:
+        """KL divergence of an answer from full prefill's, nats a token; None if its prompt is not blended any more."""
 
     @abc.abstractmethod
     def _prompt_ids(self, prompt: Prompt) -> Sequence[int] | TokenIds:
         """The token ids of a prompt, as it is read."""
 
+    @property
+    def _is_comparing(self) -> bool:
+        """Whether this thread asks for the guard, which nobody is told of."""
+        return self.guard is not None and self.guard.is_comparing
+
     def _finished(self, answered: Answered, stats: BlendStats) -> None:
         """Tell guard and observers of an answer that is complete."""
+        if self._is_comparing:
+            return
         if self.guard is not None:
-            if self.guard.is_comparing:
-                return
             self.guard.saw(answered, stats)
         for observer in self._observers:
             try:

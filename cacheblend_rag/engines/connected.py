@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+import secrets
+import statistics
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from cacheblend_rag.engines.base import Engine
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.divergence import divergence_of_tops
+from cacheblend_rag.engines.base import Engine, SamplingParams
+from cacheblend_rag.guard import Answered
+from cacheblend_rag.stats import BlendStats, Generation
 from cacheblend_rag.vllm.settings import MOST_KEYS, Action
+
+_COMPARED = 4  # tokens of an answer that a guard compares
+_MODES: tuple[Literal["blend", "off"], ...] = ("blend", "off")
+_TOPS = SamplingParams(max_tokens=1, logprobs=20)  # as many as vLLM tells unless it is told otherwise
 
 
 class ConnectedEngine(Engine):
     """An engine that asks the connector about chunks by their keys: many in one request."""
+
+    counts: Counter[str]
+
+    @abc.abstractmethod
+    def _read_apart(self, ids: list[int], config: BlendConfig, params: SamplingParams, salt: str) -> Generation:
+        """Answer a prompt beside all others: in vLLM's prefix cache only requests of the same salt find its blocks."""
+
+    def _divergence(self, answered: Answered) -> float | None:
+        """See :class:`Engine`. Each token that is compared is a request: those before it stand in its prompt."""
+        ids, salt = self._prompt_ids(answered.prompt), secrets.token_hex(8)
+        compared = []
+        for count in range(min(len(answered.token_ids), _COMPARED)):
+            asked = [*ids, *answered.token_ids[:count]]
+            # By its mode alone: "auto" would rather prefill so short a rest as another request of the prompt leaves.
+            blended, full = (
+                self._read_apart(asked, dataclasses.replace(answered.config, mode=mode), _TOPS, f"{salt}-{mode}")
+                for mode in _MODES
+            )
+            if not count and blended.stats.decision != "blend":
+                return None
+            assert full.logprobs is not None
+            assert blended.logprobs is not None  # they were asked for
+            compared.append(divergence_of_tops(full.logprobs[0], blended.logprobs[0]))
+        return statistics.fmean(compared)
+
+    def _finished(self, answered: Answered, stats: BlendStats) -> None:
+        """See :class:`Engine`."""
+        if not self._is_comparing:
+            self.counts[stats.decision] += 1
+            self.counts["chunk_fault"] += stats.faults
+        super()._finished(answered, stats)
 
     @abc.abstractmethod
     def _ask(self, action: Action, value: Any, ids: Sequence[int] = (0,)) -> dict[str, Any]:

@@ -184,6 +184,11 @@ class ServerEngine(ConnectedEngine):
             for response, request in zip(responses, requests, strict=True)
         ]
 
+    def _read_apart(self, ids: list[int], config: BlendConfig, params: SamplingParams, salt: str) -> Generation:
+        request = self._request(ids, config, params)
+        request["extra_body"]["cache_salt"] = salt
+        return self._generation(self._complete(request, params), params, request, config)
+
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
         request = self._request(prompt, config, params, stream=True)
         answer = _Answer(request, config)
@@ -286,8 +291,6 @@ class ServerEngine(ConnectedEngine):
         stats = wire.parse_stats(ours, answer.prompt_tokens)
         if answer.streamed:
             stats.started, stats.ttft = answer.started, answer.ttft
-        self.counts[stats.decision] += 1
-        self.counts["chunk_fault"] += stats.faults
         self._finished(Answered(answer.prompt, answer.token_ids, answer.config), stats)
         return Generation(
             text=answer.text,

@@ -212,16 +212,18 @@ class TransformersEngine(Engine):
                 if len(continuation) > 1:
                     rows.append(read.forward.look_ahead(torch.tensor(continuation[:-1], device=device)))
                 logits.append(torch.cat(rows)[: len(continuation)])
-        self.counts[read.stats.decision] += 1
+        if not self._is_comparing:
+            self.counts[read.stats.decision] += 1
         return Scores(logits, token_ids, read.stats)
 
-    def _divergence(self, answered: Answered) -> float:
+    def _divergence(self, answered: Answered) -> float | None:
         """See :class:`Engine`. Here the logits of all tokens are at hand."""
-        given, off = [answered.token_ids[:_COMPARED]], dataclasses.replace(answered.config, mode="off")
-        full, blended = (
-            self.score(answered.prompt, given, blend=config).logits[0] for config in (off, answered.config)
-        )
-        return divergence(full.double().log_softmax(-1), blended) / len(full)
+        given = [answered.token_ids[:_COMPARED]]
+        blended = self.score(answered.prompt, given, blend=answered.config)
+        if blended.stats.decision != "blend":
+            return None
+        full = self.score(answered.prompt, given, blend=dataclasses.replace(answered.config, mode="off")).logits[0]
+        return divergence(full.double().log_softmax(-1), blended.logits[0]) / len(full)
 
     def deviations(self, prompt: Prompt) -> KVDeviations:
         """Read a prompt by full prefill, and measure how far known chunks' KV is from that, in every layer.

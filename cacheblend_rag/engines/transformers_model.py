@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -20,7 +21,9 @@ from cacheblend_rag.engines.fingerprint import fingerprint_model
 from cacheblend_rag.engines.model_files import first_line, load_config, load_tokenizer, resolve_model
 from cacheblend_rag.engines.transformers_probe import probe_model
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.memory_plan import MemoryPlan, check_weights_fit, explained, free_bytes
+from cacheblend_rag.memory_plan import MemoryPlan, explained, free_bytes, gigabytes, weight_bytes
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -90,7 +93,17 @@ def load_model(
     tokenizer = load_tokenizer(name, directory, chat_template)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
-    check_weights_fit(name, directory, torch_dtype, torch_device)
+    is_plain = not model_args and getattr(config, "quantization_config", None) is None
+    needed, free = weight_bytes(directory, torch_dtype) if is_plain else None, free_bytes(torch_device)
+    if needed is not None and free is not None and needed > free:
+        logger.warning(
+            "the weights of %s take %s as %s, and %s are free on %s: free some there, or change device, dtype or model",
+            name,
+            gigabytes(needed),
+            str(torch_dtype).removeprefix("torch."),
+            gigabytes(free),
+            torch_device,
+        )
     with explained(f"loading {name!r} on {torch_device}", "free some there, or change device, dtype or the model"):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **model_args)
         torch.nn.Module.to(model, torch_device).train(False)

@@ -167,6 +167,16 @@ class VllmEngine(ConnectedEngine):
                 answer.request.close()
         return answers
 
+    def _read_apart(self, ids: list[int], config: BlendConfig, params: SamplingParams, salt: str) -> Generation:
+        self._check_length(len(ids), params.max_tokens)
+        sent = self._begin(ids, 0.0, config, params, salt)
+        try:
+            *_, last = self._collect(sent)
+        finally:
+            sent.request.close()
+        assert last.generation is not None
+        return last.generation
+
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
         answer = self._begin(*self._encode(prompt, params), config, params)
         try:
@@ -181,10 +191,12 @@ class VllmEngine(ConnectedEngine):
         self._check_length(len(ids), params.max_tokens)
         return ids, time.perf_counter() - started
 
-    def _begin(self, ids: list[int], seconds: float, config: BlendConfig, params: SamplingParams) -> _Sent:
+    def _begin(
+        self, ids: list[int], seconds: float, config: BlendConfig, params: SamplingParams, salt: str | None = None
+    ) -> _Sent:
         started = time.perf_counter() - seconds
         request_id = self._new_id()
-        request = self._send(request_id, ids, params, wire.blend_params(config, request_id, trace=params.trace))
+        request = self._send(request_id, ids, params, wire.blend_params(config, request_id, trace=params.trace), salt)
         request.timeout = params.timeout
         return _Sent(request, request_id, ids, config, params, started, seconds)
 
@@ -217,8 +229,6 @@ class VllmEngine(ConnectedEngine):
         stats.match += sent.tokenized
         stats.ttft = ttft
         stats.started = time.time() - (time.perf_counter() - sent.started)
-        self.counts[stats.decision] += 1
-        self.counts["chunk_fault"] += stats.faults
         self._finished(Answered(sent.prompt_ids, token_ids, sent.config), stats)
         yield StreamPiece(
             last,
@@ -265,7 +275,14 @@ class VllmEngine(ConnectedEngine):
         told: dict[str, Any] | None = last.value.kv_transfer_params
         return told
 
-    def _send(self, request_id: str, ids: list[int], params: SamplingParams, extra: dict[str, Any]) -> Request:
+    def _send(
+        self,
+        request_id: str,
+        ids: list[int],
+        params: SamplingParams,
+        extra: dict[str, Any],
+        salt: str | None = None,
+    ) -> Request:
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -301,6 +318,7 @@ class VllmEngine(ConnectedEngine):
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={"kv_transfer_params": extra},
             ),
+            salt,
         )
 
     def _new_id(self) -> str:

@@ -99,24 +99,28 @@ class EngineThread:
         if error is not None:
             raise error
 
-    def send(self, request_id: str, prompt_ids: list[int], params: Any) -> Request:
+    def send(self, request_id: str, prompt_ids: list[int], params: Any, salt: str | None = None) -> Request:
         """Send a request.
 
         Args:
             request_id: Not in use.
             prompt_ids: The prompt.
             params: vLLM's ``SamplingParams``.
+            salt: Only requests of the same find its blocks in the prefix cache.
 
         Raises:
             EngineClosedError: the engine is closed.
             CacheBlendError: it has died.
         """
         request = Request(request_id, self._send_abort)
+        prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
+        if salt is not None:
+            prompt["cache_salt"] = salt
         arrived = time.time()
 
         def add(engine: Any) -> None:
             try:
-                engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params, arrival_time=arrived)
+                engine.add_request(request_id, prompt, params, arrival_time=arrived)
             except Exception as error:  # of several kinds, by vLLM's release
                 del self._requests[request_id]
                 refused = ConfigError(f"vLLM refuses the request: {' '.join(str(error).split())}")

@@ -46,6 +46,8 @@ _PROGRAMS = 1056
 _MOST_SPLITS = 16
 # Rounding down may cost so much of what would be recomputed, no more; otherwise rows are repeated to fill the graph.
 _MOST_LOST = 1 / 12
+# Of a GPU, what a step of vLLM may need beside weights and KV cache.
+_FOR_A_STEP = 0.1
 
 
 class _Stop(Exception):
@@ -58,7 +60,6 @@ class KernelPasses:
     Args:
         model: The worker's model, on a GPU, its KV at regular distances.
         graphs: Whether passes are captured.
-        gpu_bytes: See :class:`LayerStream`.
 
     Attributes:
         stream: What brings chunk KV; passes wait for it layer by layer.
@@ -67,8 +68,8 @@ class KernelPasses:
         tile: See :func:`tile_rows`.
     """
 
-    def __init__(self, model: PagedModel, *, graphs: bool, gpu_bytes: int) -> None:
-        self.stream = LayerStream(model, gpu_bytes)
+    def __init__(self, model: PagedModel, *, graphs: bool) -> None:
+        self.stream = LayerStream(model)
         self.most_rows = -(-model.max_rows // BUCKET) * BUCKET
         self.most_watched = min(_MOST_WATCHED, self.most_rows)
         self._model = model
@@ -293,8 +294,9 @@ def make_kernel_passes(model: PagedModel, gpu_bytes: int) -> KernelPasses | None
     reason = _obstacle(model)
     if reason is None:
         try:
-            is_eager = model.vllm_config.model_config.enforce_eager
-            return KernelPasses(model, graphs=not is_eager, gpu_bytes=_bounded(gpu_bytes, model))
+            passes = KernelPasses(model, graphs=not model.vllm_config.model_config.enforce_eager)
+            passes.stream.gpu_bytes = _bounded(gpu_bytes, model)  # beside what the passes need themselves
+            return passes
         except Exception as error:
             # Out of memory, or a kernel that does not compile here.
             reason = (str(error) or repr(error)).splitlines()[0]
@@ -310,7 +312,10 @@ def _bounded(gpu_bytes: int, model: PagedModel) -> int:
     if not gpu_bytes:
         return 0
     free, total = torch.cuda.mem_get_info(model.kv.device)
-    utilization = model.vllm_config.cache_config.gpu_memory_utilization
+    cache = model.vllm_config.cache_config
+    utilization = cache.gpu_memory_utilization
+    if cache.kv_cache_memory_bytes is not None:  # then vLLM takes that, and a step's needs are not known
+        utilization = min(1 - free / total + _FOR_A_STEP, 1.0)
     room = room_for_chunks(gpu_bytes, free, total, utilization)
     if room < gpu_bytes:
         logger.warning(

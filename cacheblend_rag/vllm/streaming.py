@@ -29,12 +29,14 @@ class _ResidentChunks:
     """Copies of the chunks used last, in the GPU's memory; all calls are on one stream.
 
     Args:
-        max_bytes: Most bytes of them.
         device: The GPU.
+
+    Attributes:
+        max_bytes: Most bytes of them.
     """
 
-    def __init__(self, max_bytes: int, device: torch.device) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, device: torch.device) -> None:
+        self.max_bytes = 0
         self._device = device
         self._nbytes = 0
         self._copies: OrderedDict[str, torch.Tensor] = OrderedDict()  # least recently used first
@@ -48,9 +50,9 @@ class _ResidentChunks:
         for chunk in chunks:
             if chunk.key in self._copies:
                 self._copies.move_to_end(chunk.key)
-            elif chunk.nbytes <= self._max_bytes:
+            elif chunk.nbytes <= self.max_bytes:
                 self._nbytes += chunk.nbytes
-                while self._nbytes > self._max_bytes:
+                while self._nbytes > self.max_bytes:
                     self._nbytes -= self._copies.popitem(last=False)[1].nbytes
                 self._copies[chunk.key] = chunk.kv.to(self._device, non_blocking=True)
 
@@ -60,9 +62,9 @@ class LayerStream:
 
     Args:
         model: The worker's model, on a GPU, its KV at regular distances.
-        gpu_bytes: Most bytes of chunks that are kept in the GPU's memory, besides vLLM's.
 
     Attributes:
+        gpu_bytes: Most bytes of chunks that are kept in the GPU's memory, besides vLLM's; none to begin with.
         pinned: Which chunks are pinned.
         takes_float8: Whether the GPU can place chunks of 8-bit floats.
 
@@ -70,8 +72,8 @@ class LayerStream:
         torch.OutOfMemoryError: no room for the staging buffer.
     """
 
-    def __init__(self, model: PagedModel, gpu_bytes: int) -> None:
-        self._resident = _ResidentChunks(gpu_bytes, model.kv.device)
+    def __init__(self, model: PagedModel) -> None:
+        self._resident = _ResidentChunks(model.kv.device)
         self.pinned = PinnedChunks()
         self._model = model
         self._stream: Any = torch.cuda.Stream(model.kv.device)  # type: ignore[no-untyped-call]
@@ -88,6 +90,15 @@ class LayerStream:
         self._staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=model.kv.device)
         self._in_use: list[tuple[Any, object]] = []  # memory that the stream still reads
         self._passes_done = _event()  # of the prompt that was placed last
+
+    @property
+    def gpu_bytes(self) -> int:
+        """See the class."""
+        return self._resident.max_bytes
+
+    @gpu_bytes.setter
+    def gpu_bytes(self, most: int) -> None:
+        self._resident.max_bytes = most
 
     def holds(self, key: str) -> bool:
         """Whether the GPU keeps a copy of a chunk, so that :meth:`place` would not copy it there."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cacheblend_rag
 from cacheblend_rag import memory_plan
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.engines.transformers_model import LoadedModel
-from cacheblend_rag.errors import CacheBlendError, ConfigError, EngineMemoryError
+from cacheblend_rag.errors import CacheBlendError, EngineMemoryError
 from cacheblend_rag.memory_plan import MemoryPlan, explained, free_bytes, room_for_chunks, weight_bytes
 from cacheblend_rag.store import open_store
 
@@ -42,21 +46,53 @@ def prompt(seed: int) -> str:
     return Case.prompt(Case(None, None, CHUNKS), seed)  # type: ignore[arg-type]
 
 
-def test_weights_are_known_before_they_are_loaded(engine: TransformersEngine, directory: str) -> None:
+def test_weights_are_known_before_they_are_loaded(engine: TransformersEngine, directory: str, tmp_path: Path) -> None:
     loaded = sum(tensor.numel() for tensor in engine._loaded.model.state_dict().values())
     tied = engine._loaded.model.get_output_embeddings().weight is engine._loaded.model.get_input_embeddings().weight
     assert not tied  # or they are one tensor in the file
     assert weight_bytes(Path(directory), torch.float32) == 4 * loaded
     assert weight_bytes(Path(directory), torch.bfloat16) == 2 * loaded
+    shutil.copytree(directory, tmp_path / "model")
+    save_file({"all": torch.zeros(9)}, tmp_path / "model" / "consolidated.safetensors")  # the same once more
+    assert weight_bytes(tmp_path / "model", torch.float32) == 4 * loaded
 
 
-def test_a_model_that_does_not_fit_is_not_loaded(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded")
-    )
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    for number in range(3):
+        save_file({f"w{number}": torch.zeros(10, number + 1)}, tmp_path / f"model-{number}.safetensors")
+    names = {f"w{number}": f"model-{number}.safetensors" for number in (0, 1)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert weight_bytes(tmp_path, torch.float16) == 2 * (10 + 20)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"\x08" + 7 * b"\0" + b"{}"]
+)
+def test_files_that_do_not_tell(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    assert weight_bytes(tmp_path, torch.float16) is None
+
+
+def test_a_model_that_may_not_fit_is_told_of(
+    directory: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cacheblend_rag.engines.transformers_model.free_bytes", lambda device: 1000)
+    open_engine(directory).close()
+    told = r"the weights of .* take [\d.]+ MB as float32, and 0.0 MB are free on cpu: free some there, or change device"
+    assert re.search(told, caplog.text)
+    caplog.clear()
+    open_engine(directory, engine_args={"low_cpu_mem_usage": True}).close()  # such as device_map: more than one device
+    assert "are free on" not in caplog.text
+
+
+def test_loading_without_room_is_one_clear_line(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
     with pytest.raises(
-        ConfigError, match=r"weights of '.*' take [\d.]+ MB as float32, and 0.0 MB are free on cpu: free"
+        EngineMemoryError, match=r"out of memory loading '.*' on cpu: free some there, or change device"
     ):
         cacheblend_rag.load_engine(directory, dtype="float32", device="cpu")
 
@@ -101,7 +137,8 @@ def test_free_memory_is_what_a_container_may_have(tmp_path: Path, monkeypatch: p
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) == 50 * 1024
     (tmp_path / "memory.max").write_text("10000\n")
-    assert free_bytes(CPU) == 7000
+    (tmp_path / "memory.stat").write_text("anon 1000\nactive_file 500\ninactive_file 1500\n")
+    assert free_bytes(CPU) == 9000  # what files have in memory is given back when it is needed
     monkeypatch.setattr(memory_plan, "_MEMINFO", tmp_path / "none")
     assert free_bytes(CPU) is None
 
@@ -162,9 +199,10 @@ def test_a_blend_without_room_is_prefilled(engine: TransformersEngine, monkeypat
 
 
 def test_what_vllm_leaves_on_a_gpu() -> None:
+    margin = 256 << 20
     # 80 of which vLLM has planned for 72 and taken 60: 12 of what is free are still to come.
-    assert room_for_chunks(20 * GB, free=20 * GB, total=80 * GB, utilization=0.9) == 8 * GB
+    assert room_for_chunks(20 * GB, free=20 * GB, total=80 * GB, utilization=0.9) == 8 * GB - margin
     assert room_for_chunks(5 * GB, free=20 * GB, total=80 * GB, utilization=0.9) == 5 * GB
     # It has taken all that it planned for, and others some.
-    assert room_for_chunks(20 * GB, free=6 * GB, total=80 * GB, utilization=0.9) == 6 * GB
+    assert room_for_chunks(20 * GB, free=6 * GB, total=80 * GB, utilization=0.9) == 6 * GB - margin
     assert room_for_chunks(20 * GB, free=6 * GB, total=80 * GB, utilization=1.0) == 0

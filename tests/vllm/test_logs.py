@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from cacheblend_rag import Generation
 from cacheblend_rag.recording import Recorder
 from cacheblend_rag.stats import BlendStats
 
@@ -80,20 +81,49 @@ def test_a_guard_compares_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -
     case.engine.watch(1.0)
     guard = case.engine.guard
     assert guard is not None
+    counted = case.engine.counts.total()
     try:
         found = []
-        for seed, ratio in ((130, 0.0), (131, 1.0)):
-            answer = case.engine.generate(case.prompt(seed), max_tokens=5, blend={"recompute_ratio": ratio})
+        for seed, mode, ratio in ((130, "auto", 0.0), (132, "blend", 0.0), (131, "blend", 1.0)):
+            blend = {"mode": mode, "recompute_ratio": ratio, "min_reused_tokens": 8}
+            answer = case.engine.generate(case.prompt(seed), max_tokens=5, blend=blend)
             assert answer.stats.decision == "blend"
             until = time.monotonic() + 60
             while guard.report().compared == len(found):
-                assert guard.report().failed == 0
+                assert guard.report().failed == guard.report().dropped == 0
                 assert time.monotonic() < until
                 time.sleep(0.01)
-            found.append(guard._found[-1])
-        assert found[0] > 1e-4
-        assert found[1] < 1e-5  # recomputing everything is full prefill
-        assert len(seen) == 2  # what the guard asks is not among the answers
+            found.append(guard._found[ratio][-1])
+        assert min(found[:2]) > 1e-4
+        assert found[2] < 1e-5  # recomputing everything is full prefill
+        assert len(seen) == 3  # what the guard asks is not among the answers
+        assert case.engine.counts.total() == counted + 3
     finally:
         guard.close()
         case.engine.guard = None
+
+
+@pytest.mark.parametrize("seed", [140, 141])
+def test_a_guard_changes_no_later_answer(case: Case, seed: int) -> None:
+    """Full prefill's blocks in the prefix cache would: the next such prompt would go on from them."""
+    blend = {"mode": "auto", "recompute_ratio": 0.0, "min_reused_tokens": 8}
+
+    def ask() -> Generation:
+        return case.engine.generate(case.prompt(seed), max_tokens=3, blend=blend, logprobs=3)
+
+    if seed == 141:
+        case.engine.watch(1.0)
+    guard = case.engine.guard
+    first = ask()
+    if guard is not None:
+        until = time.monotonic() + 60
+        while not guard.report().compared:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        guard.close()
+        case.engine.guard = None
+    again = ask()
+    assert again.token_ids == first.token_ids
+    for one, other in zip(again.logprobs or [], first.logprobs or [], strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+    assert again.stats.prefix_tokens > first.stats.prefix_tokens  # blended blocks

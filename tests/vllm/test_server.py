@@ -431,17 +431,19 @@ def test_a_guard_compares_answers_of_the_server(engine: ServerEngine) -> None:
     assert guard is not None
     try:
         found = []
-        for count, (asked, ratio) in enumerate(
-            [(prompt(30), 0.0), (engine._prompt_ids(prompt(31)), 0.0), (prompt(32), 1.0)]
+        for count, (asked, mode, ratio) in enumerate(
+            [(prompt(30), "auto", 0.0), (engine._prompt_ids(prompt(31)), "blend", 0.0), (prompt(32), "blend", 1.0)]
         ):
-            answer = engine.generate(asked, max_tokens=5, blend={"recompute_ratio": ratio})
+            answer = engine.generate(
+                asked, max_tokens=5, blend={"mode": mode, "min_reused_tokens": 8, "recompute_ratio": ratio}
+            )
             assert answer.stats.decision == "blend"
             until = time.monotonic() + 60
             while guard.report().compared == count:
                 assert time.monotonic() < until
                 assert guard.report().failed == 0
                 time.sleep(0.01)
-            found.append(guard._found[-1])
+            found.append(guard._found[ratio][-1])
         assert min(found[:2]) > 1e-4
         assert found[2] < 1e-5  # recomputing everything is full prefill
         assert len(seen) == 3  # what the guard asks is not among the answers
