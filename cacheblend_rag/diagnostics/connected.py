@@ -25,11 +25,12 @@ _BLEND = {"mode": "blend"}
 class InProcess:
     """See :class:`~cacheblend_rag.diagnostics.subjects.Subject`: vLLM in this process.
 
-    An engine has one namespace, so the doctor's own chunks are in the user's while it runs. They are told from all
-    others by their texts, and removed by their keys.
+    An engine has one namespace, so what the doctor warms is among the user's chunks while it runs. At the end, it
+    removes what was cold before, by its keys: its sample texts, which nobody else has, and passages of the user's
+    prompts. Whoever ingests such a passage meanwhile finds it warm, and has to ingest it again afterwards.
 
     Args:
-        engine: Only the doctor's own chunks are written to its store.
+        engine: Nothing is written to its store but these chunks.
     """
 
     def __init__(self, engine: ConnectedEngine) -> None:
@@ -62,7 +63,7 @@ class InProcess:
         return check_store(store, self.engine, besides=self._own)
 
     def warm(self, chunks: Sequence[str]) -> Engine:
-        """See the protocol. What was warm before is the user's, and stays."""
+        """See the protocol. What was warm before is the user's, and stays; what was cold is cold again in the end."""
         new = [text for text, warm in zip(chunks, self.engine.is_warm(chunks), strict=True) if not warm]
         self._own.update(dict.fromkeys(self.engine.chunk_keys(new)))
         self.engine.warm(new)
