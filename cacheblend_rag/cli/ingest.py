@@ -42,7 +42,7 @@ def ingest(
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity of a file that it can read
     find_files(directory)  # a directory that isn't there is told before the model is loaded
-    store.mkdir(parents=True, exist_ok=True)  # with a server, only the catalogue is kept there
+    store.mkdir(mode=0o700, parents=True, exist_ok=True)  # with a server, only the catalogue is kept there
     last: IngestProgress | None = None
     try:
         with (
