@@ -81,6 +81,7 @@ class Engine(abc.ABC):
         Raises:
             ChunkTooLongError: a chunk does not fit the context; raised before any is prefilled.
             StoreError: the store can't be written; chunks stored before stay.
+            EngineMemoryError: there is no room for a chunk in memory; chunks stored before stay.
         """
 
     @abc.abstractmethod
@@ -221,6 +222,7 @@ class Engine(abc.ABC):
         Raises:
             ConfigError: a bad setting.
             PromptTooLongError: prompt plus ``max_tokens`` does not fit the context.
+            EngineMemoryError: there is no room for the prompt in memory.
             AnswerTimeoutError: there is a ``timeout``, and it is over.
         """
         config, params = self._settings(blend, sampling)
