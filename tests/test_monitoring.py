@@ -19,12 +19,19 @@ from cacheblend_rag.diagnostics.prometheus import PrometheusMetrics
 from cacheblend_rag.guard import GuardReport
 
 
+class StandIn:
+    """What of an engine its metrics ask for."""
+
+    model_name = "m"
+    scope = SimpleNamespace(namespace="n")
+    guard = SimpleNamespace(report=lambda: GuardReport(compared=9, dropped=1, failed=0, mean_kl=0.2, least_ratio=0.25))
+
+
 @pytest.fixture(scope="module")
 def known() -> Samples:
     """What an observer of an engine exports."""
     registry = CollectorRegistry()
-    guard = SimpleNamespace(report=lambda: GuardReport(compared=9, dropped=1, failed=0, mean_kl=0.2, least_ratio=0.25))
-    engine: Any = SimpleNamespace(model_name="m", scope=SimpleNamespace(namespace="n"), guard=guard)
+    engine: Any = StandIn()
     metrics = PrometheusMetrics(engine, registry)
     for stats in EVERYTHING:
         metrics(stats)

@@ -18,6 +18,7 @@ from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.library import ChunkLibrary
 from cacheblend_rag.passes import Selection
 from cacheblend_rag.store import MemoryStore
+from cacheblend_rag.store.meter import ReadMeter
 
 from .conftest import Case
 
@@ -94,6 +95,7 @@ def test_i2_exact_kv_gives_exact_answers(case: Case, shift: int, monkeypatch: py
         exact = kv[:, :, first : first + len(chunk_ids)].contiguous()
         store.put(ChunkKV(segment.key, library.scope, chunk_ids, first + shift, exact))
     monkeypatch.setattr(case.engine._reader, "_library", ChunkLibrary(store, library.scope))
+    monkeypatch.setattr(case.engine._reader, "meter", ReadMeter(store))
     for seed in range(3):
         monkeypatch.setitem(policies._POLICIES, f"random{seed}", _RandomChoice(seed))
 
