@@ -89,7 +89,9 @@ def test_kernels_that_give_something_else(
             raise RuntimeError("no kernel image is available")
         return errors
 
-    monkeypatch.setattr(kernel_passes, "KernelPasses", lambda *args, **options: object())
+    monkeypatch.setattr(
+        kernel_passes, "KernelPasses", lambda *args, **options: SimpleNamespace(stream=SimpleNamespace())
+    )
     monkeypatch.setattr(probe, "_errors", lambda model: {"fine": (0.0, 1)})
     monkeypatch.setattr(probe, "_kernel_errors", try_them)
     model = make_model()
@@ -99,7 +101,7 @@ def test_kernels_that_give_something_else(
 
 
 def test_all_ranks_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = object()
+    passes = SimpleNamespace(stream=SimpleNamespace())
     monkeypatch.setattr(kernel_passes, "KernelPasses", lambda *args, **options: passes)
     monkeypatch.setattr(probe, "_errors", lambda model: {})
     monkeypatch.setattr(probe, "_kernel_errors", lambda model, passes, codec: {})

@@ -39,7 +39,11 @@ class StandIn:
         self.fails = False
         nothing = SimpleNamespace(pin=lambda chunk: False)
         self.stream = SimpleNamespace(
-            pinned=nothing, place=lambda prompts: False, wait=lambda layer: None, wait_for_all=lambda: None
+            holds=lambda key: False,
+            pinned=nothing,
+            place=lambda prompts: False,
+            wait=lambda layer: None,
+            wait_for_all=lambda: None,
         )
         self._model = model
 

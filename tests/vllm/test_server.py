@@ -381,7 +381,7 @@ def test_what_breaks_off_is_an_error_and_no_short_answer(engine: ServerEngine, m
     answer = engine._client.completions.create(**request)
     answer.choices[0].finish_reason = "abort"  # type: ignore[assignment]  # what vLLM says when it gives a request up
     with pytest.raises(ServerError, match="abort"):
-        engine._generation(answer, SamplingParams(), request)
+        engine._generation(answer, SamplingParams(), request, BLEND)
     with pytest.raises(ServerError, match="broke off: no room"), engine._errors():  # an error among a stream's events
         raise openai.APIError("no room", httpx.Request("POST", "http://localhost"), body=None)
 
