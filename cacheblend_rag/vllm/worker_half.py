@@ -371,13 +371,13 @@ class WorkerHalf:
     def _read(self, key: str, reads: list[_Read]) -> ChunkKV | None:
         try:
             read = self._meter.read(key)
+            if read is None:
+                return None
+            reads.append(_Read(key, read.tier, read.chunk.nbytes, read.seconds))
+            chunk = self._model.own_heads(read.chunk)  # as a memory tier has done
         except Exception as error:  # on one rank, perhaps: all have to go on to where they agree
             self._log_fault("a chunk can't be read", error)
             return None
-        if read is None:
-            return None
-        reads.append(_Read(key, read.tier, read.chunk.nbytes, read.seconds))
-        chunk = self._model.own_heads(read.chunk)  # as a memory tier has done
         self._brought[key] = chunk.nbytes
         if not self._fits(chunk):
             logger.warning("chunk %s is of another model (KV of shape %s): ignored", key, tuple(chunk.kv.shape))

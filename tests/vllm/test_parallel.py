@@ -126,11 +126,11 @@ def lose_first_read_on_the_last_rank(worker: Any) -> None:
         return
     read, lost = half._read, []
 
-    def failing(key: str) -> Any:
+    def failing(key: str, reads: Any) -> Any:
         if not lost or key in lost:
             lost.append(key)
             return None
-        return read(key)
+        return read(key, reads)
 
     half._read = failing
 
