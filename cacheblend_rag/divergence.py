@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+MOST_KL = 0.1
+"""Nats a token, on average, that blended answers may be from full prefill's, for the guard and the doctor."""
+
+TOPS = 20
+"""Log-probabilities that are asked for with each token: as many as vLLM gives unless it is told otherwise."""
+
 _ROUNDING = 1e-6  # of a probability, or a sum of probabilities in float32
 
 

@@ -22,14 +22,12 @@ import threading
 from collections.abc import Callable, Sequence
 
 from cacheblend_rag.config import AUTO, BlendConfig
+from cacheblend_rag.divergence import MOST_KL
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.stats import BlendStats
 from cacheblend_rag.validation import is_number
 
 logger = logging.getLogger(__name__)
-
-MOST_KL = 0.1
-"""Nats a token, on average, that blended answers may be from full prefill's."""
 
 TURNED_OFF = "the guard has turned blending off"
 """The reason in the stats of prompts that were not blended because of it."""

@@ -10,6 +10,7 @@ import typer
 
 from cacheblend_rag.cli import engine as options
 from cacheblend_rag.cli.console import count_progress, print_json, print_note, working
+from cacheblend_rag.divergence import MOST_KL
 from cacheblend_rag.errors import ChunkTooLongError, PromptTooLongError, ServerError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def doctor(
     count: Annotated[int, typer.Option(min=1, help="Most prompts to make where none are given.")] = 4,
     max_kl: Annotated[
         float, typer.Option(min=0.0, help="How near to full prefill answers must be: KL in nats a token, the mean.")
-    ] = 0.1,
+    ] = MOST_KL,
     ratio: options.Ratio = None,
     policy: Annotated[str | None, typer.Option(help="How tokens are chosen for that.")] = None,
     namespace: options.Namespace = "default",

@@ -10,16 +10,13 @@ from typing import Any, Protocol
 
 import torch
 
-from cacheblend_rag.divergence import divergence, divergence_of_tops
+from cacheblend_rag.divergence import TOPS, divergence, divergence_of_tops
 from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.engines.transformers import TransformersEngine
 from cacheblend_rag.stats import Generation
 
 ANSWER_TOKENS = 16
 """Most tokens of an answer."""
-
-TOPS = 20
-"""Log-probabilities that are asked for with each token: as many as vLLM gives unless it is told otherwise."""
 
 _OFF = {"mode": "off"}
 

@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacheblend_rag.diagnostics.checks import Check
-from cacheblend_rag.diagnostics.comparing import TOPS, first_logprobs
+from cacheblend_rag.diagnostics.comparing import first_logprobs
 from cacheblend_rag.diagnostics.exactness import exactness_check, not_measured
+from cacheblend_rag.divergence import TOPS
 from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.errors import PromptTooLongError
 from cacheblend_rag.stats import Generation

@@ -41,18 +41,14 @@ class GuardCollector(Collector):
         for outcome, count in counts.items():
             answers.add_metric((*values, outcome), count)
         yield answers
-        least = GaugeMetricFamily(
-            "cacheblend_guard_least_ratio",
-            "Least recompute ratio that the guard allows; 1: blending is off",
-            labels=_LABELS,
+        yield self._gauge(
+            "least_ratio", "Least recompute ratio that the guard allows; 1: blending is off", report.least_ratio
         )
-        least.add_metric(values, report.least_ratio)
-        yield least
         if report.mean_kl is not None:
-            mean = GaugeMetricFamily(
-                "cacheblend_guard_mean_kl_nats",
-                "KL divergence of the last blended answers from full prefill, nats a token (at least, on vLLM)",
-                labels=_LABELS,
-            )
-            mean.add_metric(values, report.mean_kl)
-            yield mean
+            text = "KL divergence of the last blended answers from full prefill, nats a token (at least, on vLLM)"
+            yield self._gauge("mean_kl_nats", text, report.mean_kl)
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"cacheblend_guard_{name}", text, labels=_LABELS)
+        family.add_metric(self._values, value)
+        return family

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.divergence import divergence_of_tops
+from cacheblend_rag.divergence import TOPS, divergence_of_tops
 from cacheblend_rag.engines.base import Engine, SamplingParams
 from cacheblend_rag.guard import Answered
 from cacheblend_rag.stats import BlendStats, Generation
@@ -19,7 +19,7 @@ from cacheblend_rag.vllm.settings import MOST_KEYS, Action
 
 _COMPARED = 4  # tokens of an answer that a guard compares
 _MODES: tuple[Literal["blend", "off"], ...] = ("blend", "off")
-_TOPS = SamplingParams(max_tokens=1, logprobs=20)  # as many as vLLM tells unless it is told otherwise
+_FIRST_TOKEN = SamplingParams(max_tokens=1, logprobs=TOPS)
 
 
 class ConnectedEngine(Engine):
@@ -39,7 +39,7 @@ class ConnectedEngine(Engine):
             asked = [*ids, *answered.token_ids[:count]]
             # By its mode alone: "auto" would rather prefill so short a rest as another request of the prompt leaves.
             blended, full = (
-                self._read_apart(asked, dataclasses.replace(answered.config, mode=mode), _TOPS, f"{salt}-{mode}")
+                self._read_apart(asked, dataclasses.replace(answered.config, mode=mode), _FIRST_TOKEN, f"{salt}-{mode}")
                 for mode in _MODES
             )
             if not count and blended.stats.decision != "blend":
