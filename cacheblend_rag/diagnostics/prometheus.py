@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 from cacheblend_rag.diagnostics.prometheus_guard import GuardCollector
+from cacheblend_rag.metric_figures import DEVIATIONS, SECONDS, SOURCES, SQUARED_DISTANCES
 from cacheblend_rag.stats import PARTS, BlendStats
 
 if TYPE_CHECKING:
     from cacheblend_rag.engines.base import Engine
 
 _LABELS = ("model", "namespace")
-_DEVIATIONS = {"mean": "Mean", "p95": "95th percentile"}
-_SOURCES = ("prefix", "reused", "recomputed", "missed")
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_SQUARES = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 10000.0)
 _SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -53,7 +50,7 @@ class PrometheusMetrics:
             "cacheblend_ttft_seconds",
             "Time to first token by how the prompt was read",
             (*_LABELS, "decision"),
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=registry,
         )
         self._parts = {
@@ -61,7 +58,7 @@ class PrometheusMetrics:
                 f"cacheblend_{part}_seconds",
                 f"Time to {part}, of a blend",
                 _LABELS,
-                buckets=_SECONDS,
+                buckets=SECONDS,
                 registry=registry,
             )
             for part in PARTS
@@ -90,10 +87,10 @@ class PrometheusMetrics:
                 f"cacheblend_deviation_{name}",
                 f"{text} of the squared distances between fresh and cached values, of a traced blend",
                 _LABELS,
-                buckets=_SQUARES,
+                buckets=SQUARED_DISTANCES,
                 registry=registry,
             )
-            for name, text in _DEVIATIONS.items()
+            for name, text in DEVIATIONS.items()
         }
         registry.register(GuardCollector(engine))
         self._faults.labels(*self._values)  # from 0 on, or a rate would not see the first one
@@ -101,7 +98,7 @@ class PrometheusMetrics:
     def __call__(self, stats: BlendStats) -> None:
         """Count a prompt that was read."""
         self._requests.labels(*self._values, stats.decision).inc()
-        for source in _SOURCES:
+        for source in SOURCES:
             self._tokens.labels(*self._values, source).inc(getattr(stats, f"{source}_tokens"))
         self._faults.labels(*self._values).inc(stats.faults)
         if stats.ttft:  # or it is lost

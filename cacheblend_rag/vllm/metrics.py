@@ -7,12 +7,11 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from cacheblend_rag.metric_figures import DEVIATIONS, SECONDS, SOURCES, SQUARED_DISTANCES
 from cacheblend_rag.stats import BlendStats
 
-_SECONDS = ("load", "select", "recompute")
-_TOKENS = ("prefix", "reused", "recomputed", "missed")
+_PARTS = ("load", "select", "recompute")
 _READ = {"bytes": "Bytes of chunk KV that prompts read", "seconds": "Seconds that prompts' chunks took to be read"}
-_DEVIATIONS = {"mean": "Mean", "p95": "95th percentile"}
 _EVENTS = {
     "chunk_faults": "Matched chunks that could not be read",
     "blend_faults": "Blends that failed and were prefilled plainly",
@@ -20,8 +19,6 @@ _EVENTS = {
     "warmed_chunks": "Chunks prefilled and stored",
     "slow_chunks": "Matched chunks on disk that were prefilled, since reading them would have taken longer",
 }
-_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_SQUARES = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 10000.0)
 
 
 class BlendMetrics(KVConnectorStats):
@@ -39,11 +36,11 @@ class BlendMetrics(KVConnectorStats):
     def observe(self, stats: BlendStats) -> None:
         """Count a request that was answered."""
         self.count(f"requests_{stats.decision}")
-        for kind in _TOKENS:
+        for kind in SOURCES:
             self.count(f"tokens_{kind}", getattr(stats, f"{kind}_tokens"))
         self.data.setdefault(f"ttft_{stats.decision}", []).append(stats.ttft)
         if stats.decision == "blend":
-            for part in _SECONDS:
+            for part in _PARTS:
                 self.data.setdefault(f"seconds_{part}", []).append(getattr(stats, part))
         for tier, nbytes in stats.read_bytes.items():
             self.count(f"read-bytes_{tier}", nbytes)
@@ -96,15 +93,15 @@ class BlendPromMetrics(KVConnectorPromMetrics):
             part: histogram(
                 name=f"vllm:cacheblend_{part}_seconds",
                 documentation=f"Time to {part}, of a blend",
-                buckets=_BUCKETS,
+                buckets=SECONDS,
                 labelnames=labelnames,
             )
-            for part in _SECONDS
+            for part in _PARTS
         }
         self._ttft = histogram(
             name="vllm:cacheblend_ttft_seconds",
             documentation="Time to first token by how the prompt was read",
-            buckets=_BUCKETS,
+            buckets=SECONDS,
             labelnames=[*labelnames, "decision"],
         )
         self._read = {
@@ -119,10 +116,10 @@ class BlendPromMetrics(KVConnectorPromMetrics):
             name: histogram(
                 name=f"vllm:cacheblend_deviation_{name}",
                 documentation=f"{text} of the squared distances between fresh and cached values, of a traced blend",
-                buckets=_SQUARES,
+                buckets=SQUARED_DISTANCES,
                 labelnames=labelnames,
             )
-            for name, text in _DEVIATIONS.items()
+            for name, text in DEVIATIONS.items()
         }
         for labels in per_engine_labelvalues.values():  # from 0 on, or a rate would not see the first one
             for event in self._events.values():
