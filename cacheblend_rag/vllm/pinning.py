@@ -16,9 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class PinnedChunks:
-    """Remembers which chunks are pinned; they are let go when nobody holds them any more."""
+    """Remembers which chunks are pinned; they are let go when nobody holds them any more.
 
-    def __init__(self) -> None:
+    Args:
+        device: The GPU that is to read them. A thread's own is the first one unless it says otherwise, so each rank but
+            the first would open that one too, which takes seconds and hundreds of megabytes there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pinned: weakref.WeakSet[ChunkKV] = weakref.WeakSet()
         self._refused = False
         self._lock = threading.Lock()
@@ -28,7 +34,7 @@ class PinnedChunks:
 
         A system that allows no more pinned memory is no error: the KV is copied then. Threads may share this.
         """
-        with self._lock:
+        with self._lock, torch.cuda.device(self._device):
             return self._pin(chunk)
 
     def _pin(self, chunk: ChunkKV) -> bool:
@@ -41,17 +47,18 @@ class PinnedChunks:
         if int(error) != 0:
             self._refused = True
             with contextlib.suppress(RuntimeError):  # whoever uses the GPU next is told of it, too
-                torch.zeros(1, device="cuda")
+                torch.zeros(1, device=self._device)
             logger.warning("chunk KV can't be pinned (%s): it is copied to the GPU, which is slower", error)
             return False
         self._pinned.add(chunk)
         # Runs before the chunk lets go of its memory.
-        weakref.finalize(chunk, _unpin, address).atexit = False
+        weakref.finalize(chunk, _unpin, address, self._device).atexit = False
         return True
 
 
-def _unpin(address: int) -> None:
-    _runtime().cudaHostUnregister(address)
+def _unpin(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):  # in whatever thread it is that lets go last
+        _runtime().cudaHostUnregister(address)
 
 
 def _runtime() -> Any:

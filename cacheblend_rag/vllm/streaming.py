@@ -74,7 +74,7 @@ class LayerStream:
 
     def __init__(self, model: PagedModel) -> None:
         self._resident = _ResidentChunks(model.kv.device)
-        self.pinned = PinnedChunks()
+        self.pinned = PinnedChunks(model.kv.device)
         self._model = model
         self._stream: Any = torch.cuda.Stream(model.kv.device)  # type: ignore[no-untyped-call]
         # External: a captured graph waits for the event as it is when the graph runs, not as it was when captured.

@@ -322,7 +322,9 @@ def inject_exact_kv(engine: VllmEngine, ids: list[int], shift: int, monkeypatch:
     monkeypatch.setattr(worker._meter, "_store", store)
     if (passes := worker._model.kernel_passes) is not None:  # which keeps chunks by their keys
         kept = passes.stream._resident
-        monkeypatch.setattr(passes.stream, "_resident", type(kept)(kept._max_bytes, kept._device))
+        forgotten = type(kept)(kept._device)
+        forgotten.max_bytes = kept.max_bytes
+        monkeypatch.setattr(passes.stream, "_resident", forgotten)
     return segments
 
 

@@ -27,7 +27,7 @@ POLICIES = ["hkvd", "query_aware"]
 ASKED: list[tuple[str, Any]] = [(policy, ratio) for policy in POLICIES for ratio in (0.0, 0.15, 0.5, 1.0)]
 ASKED += [(policy, 0.15) for policy in ("hkvd_kv", "hybrid", "random")]
 ASKED += [(policy, "auto") for policy in ("hkvd", "query_aware", "hybrid")]
-NO_ANSWERS = {"choices", "stored", "kept", "plain", "prefetched", "with a loss"}
+NO_ANSWERS = {"choices", "stored", "kept", "plain", "prefetched", "opened before", "opened after", "with a loss"}
 
 
 def rank_choices(worker: Any) -> list[list[int]]:
@@ -69,7 +69,9 @@ def answers(model: str, store: str, ranks: int, dtype: str) -> dict[str, Any]:
         plain = engine.generate(case.prompt(seed), max_tokens=1, logprobs=4, blend={"mode": "off"})
         found["plain"].append([*sorted((plain.logprobs or [{}])[0].items())])
     found["choices"] = engine._thread.engine.collective_rpc(rank_choices)
+    found["opened before"] = engine._thread.engine.collective_rpc(opened_gpus)
     found["prefetched"] = prefetched_chunks(engine)
+    found["opened after"] = engine._thread.engine.collective_rpc(opened_gpus)
     found["with a loss"] = with_a_loss(case)
     engine.close()
     return found
@@ -115,6 +117,11 @@ def heads_in_memory(worker: Any) -> list[int]:
 
     memory = get_kv_transfer_group()._worker._store.memory
     return [memory.get(entry.key).kv.shape[3] for entry in list(memory.entries())]
+
+
+def opened_gpus(worker: Any) -> list[int]:
+    """The GPUs that this rank has a context on, which takes memory there: runs in each worker."""
+    return [number for number in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryContext(number)]
 
 
 def lose_first_read_on_the_last_rank(worker: Any) -> None:
@@ -239,6 +246,7 @@ def test_two_gpus_answer_as_one(even_heads: str, tmp_path_factory: pytest.TempPa
         print(f"{name}: {apart:.2e} apart, plain prefill {noise:.2e}")
         assert apart <= 2 * noise, name
     assert two["prefetched"] == [[1] * len(CHUNKS)] * 2
+    assert two["opened after"] == two["opened before"]  # the threads that prefetch keep to their rank's GPU
     assert two["with a loss"]["decisions"] == ["blend", "blend"]
 
 

@@ -295,7 +295,7 @@ async def test_fifty_at_once(model: ChatCacheBlend) -> None:
 async def test_event_loop_is_not_blocked(
     model: ChatCacheBlend, question: list[BaseMessage], call: Call, assert_loop_runs: AssertLoopRuns
 ) -> None:
-    await assert_loop_runs(call(model, question, max_tokens=12))
+    await assert_loop_runs(call(model, question, max_tokens=40))
 
 
 def test_errors(model: ChatCacheBlend, question: list[BaseMessage]) -> None:

@@ -178,7 +178,7 @@ async def test_concurrent_calls(llm: CacheBlendLLM, engine: Engine, prompt: str)
 async def test_event_loop_is_not_blocked(
     llm: CacheBlendLLM, prompt: str, call: Call, assert_loop_runs: AssertLoopRuns
 ) -> None:
-    await assert_loop_runs(call(llm, prompt, max_tokens=12))
+    await assert_loop_runs(call(llm, prompt, max_tokens=40))
 
 
 async def test_abandoned_streams(llm: CacheBlendLLM, prompt: str, answer: str) -> None:

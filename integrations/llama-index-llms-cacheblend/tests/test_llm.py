@@ -237,7 +237,7 @@ async def test_calls_of_all_kinds_at_once(llm: CacheBlendLLM, prompt: str, answe
 async def test_event_loop_is_not_blocked(
     real_engine: Engine, prompt: str, call: Call, assert_loop_runs: AssertLoopRuns
 ) -> None:
-    await assert_loop_runs(call(CacheBlendLLM(engine=real_engine), prompt, max_tokens=8))
+    await assert_loop_runs(call(CacheBlendLLM(engine=real_engine), prompt, max_tokens=40))
 
 
 async def test_abandoned_streams(llm: CacheBlendLLM, prompt: str, answers: dict[bool, str]) -> None:
