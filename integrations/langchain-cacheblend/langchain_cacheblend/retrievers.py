@@ -22,8 +22,8 @@ class CacheBlendRetriever(BaseRetriever):
     """Any retriever, plus this: documents it returns that are not warm yet are warmed.
 
     For documents that were indexed before CacheBlend came, or by another process: the first prompt that holds one pays
-    for its prefill, all later ones reuse it. Order and content of the documents are those of the wrapped retriever.
-    Neither warming nor prefetching is a reason for retrieval to fail: whatever goes wrong there is logged as a warning.
+    for its prefill, all later ones reuse it. Content and, unless ``best_last``, order of the documents are those of the
+    wrapped retriever. Neither warming nor prefetching is a reason for retrieval to fail: whatever goes wrong there is logged as a warning.
 
     What is warmed is what is returned: around a ``ParentDocumentRetriever`` the parents, which the prompt will hold.
     A ``ContextualCompressionRetriever`` belongs outside, with this one as its base: whole documents are warmed once,
@@ -35,12 +35,15 @@ class CacheBlendRetriever(BaseRetriever):
         on_miss: ``"warm"`` warms what is cold before documents are returned; ``"ignore"`` leaves it cold.
         prefetch: Begin to bring what is warm from the chunk store's disk to its memory, while the prompt is being
             built.
+        best_last: Return the documents in reverse, so that the retriever's first is next to a question that follows
+            them. A blend is nearer to full prefill that way (see the project's docs/quality.md).
     """
 
     retriever: RetrieverLike
     engine: Engine
     on_miss: Literal["warm", "ignore"] = "warm"
     prefetch: bool = True
+    best_last: bool = False
 
     # BaseRetriever keeps the config from _get_relevant_documents; it reaches the wrapped retriever as this argument.
 
@@ -63,7 +66,7 @@ class CacheBlendRetriever(BaseRetriever):
         config = patch_config(outer_config, callbacks=run_manager.get_child())
         documents = self.retriever.invoke(query, config, **kwargs)
         self._prepare(documents)
-        return documents
+        return self._ordered(documents)
 
     async def _aget_relevant_documents(
         self,
@@ -76,7 +79,10 @@ class CacheBlendRetriever(BaseRetriever):
         config = patch_config(outer_config, callbacks=run_manager.get_child())
         documents = await self.retriever.ainvoke(query, config, **kwargs)
         await asyncio.to_thread(self._prepare, documents)
-        return documents
+        return self._ordered(documents)
+
+    def _ordered(self, documents: list[Document]) -> list[Document]:
+        return documents[::-1] if self.best_last else documents
 
     def _prepare(self, documents: list[Document]) -> None:
         texts = [document.page_content for document in documents]

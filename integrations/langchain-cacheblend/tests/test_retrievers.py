@@ -72,6 +72,13 @@ async def test_misses_can_be_ignored(
 
 
 @both
+async def test_the_best_can_come_last(engine: Engine, cold: InMemoryVectorStore, use_async: bool) -> None:
+    wrapped = cold.as_retriever()
+    retriever = CacheBlendRetriever(retriever=wrapped, engine=engine, best_last=True)
+    assert await _retrieve(retriever, "query", use_async) == wrapped.invoke("query")[::-1]
+
+
+@both
 @pytest.mark.usefixtures("full_disk")
 async def test_failing_warm_does_not_break_retrieval(
     engine: Engine, cold: InMemoryVectorStore, caplog: pytest.LogCaptureFixture, use_async: bool

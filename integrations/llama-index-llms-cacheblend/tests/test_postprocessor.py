@@ -51,6 +51,13 @@ async def test_misses_can_be_ignored(engine: Engine, passages: Passages, use_asy
     assert engine.is_warm(texts) == [False, False]
 
 
+@both
+async def test_the_best_can_come_last(engine: Engine, passages: Passages, use_async: bool) -> None:
+    nodes = _nodes(passages(3))
+    processor = CacheBlendPostprocessor(engine=engine, best_last=True)
+    assert await _process(processor, nodes, use_async) == nodes[::-1]
+
+
 def test_warm_nodes_are_prefetched(engine: Engine, passages: Passages) -> None:
     """What is on disk only is brought to memory before the prompt is read."""
     texts = passages(3)

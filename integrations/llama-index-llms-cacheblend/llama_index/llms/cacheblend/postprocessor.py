@@ -20,21 +20,32 @@ OnMiss = Literal["warm", "ignore"]
 class CacheBlendPostprocessor(HoldsEngine, BaseNodePostprocessor):
     """Begins to read the KV of retrieved nodes from disk, and warms nodes that are cold.
 
-    To be put last, where it is known which nodes the prompt will hold. They are returned as they are. Whatever goes
-    wrong here is logged as a warning: a query never fails because of warming.
+    To be put last, where it is known which nodes the prompt will hold. They are returned as they are, but for their
+    order with ``best_last``. Whatever goes wrong here is logged as a warning: a query never fails because of warming.
 
     Attributes:
         on_miss: ``"warm"`` warms what is cold, so that the next prompt with it reuses it; ``"ignore"`` leaves it cold.
+        best_last: Return the nodes in reverse, so that the retriever's first is next to a question that follows them.
+            A blend is nearer to full prefill that way (see the project's docs/quality.md).
     """
 
     on_miss: OnMiss = "warm"
+    best_last: bool = False
 
-    def __init__(self, *, engine: Engine | str = "transformers", on_miss: OnMiss = "warm", **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine | str = "transformers",
+        on_miss: OnMiss = "warm",
+        best_last: bool = False,
+        **settings: Any,
+    ) -> None:
         """Load the engine, or take the one given.
 
         Args:
             engine: An engine, or the kind to load: ``"transformers"``, ``"vllm"``, or ``"server"`` with ``base_url``.
             on_miss: What to do about nodes that are cold.
+            best_last: Whether the nodes are returned in reverse.
             settings: Further arguments of ``cacheblend_rag.load_engine``, and ``callback_manager``.
 
         Raises:
@@ -46,7 +57,8 @@ class CacheBlendPostprocessor(HoldsEngine, BaseNodePostprocessor):
         if on_miss not in get_args(OnMiss):
             raise ConfigError(f"on_miss must be one of {', '.join(get_args(OnMiss))}, not {on_miss!r}")
         load, fields = split_settings(settings, ["callback_manager"])
-        super().__init__(obtain_engine("CacheBlendPostprocessor", engine, load), on_miss=on_miss, **fields)
+        loaded = obtain_engine("CacheBlendPostprocessor", engine, load)
+        super().__init__(loaded, on_miss=on_miss, best_last=best_last, **fields)
 
     @classmethod
     def class_name(cls) -> str:
@@ -61,7 +73,7 @@ class CacheBlendPostprocessor(HoldsEngine, BaseNodePostprocessor):
             self._make_ready([node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes])
         except Exception as error:  # the answer does not depend on warming, so nothing that goes wrong there may
             logger.warning("Nodes may stay cold, warming them failed: %s", error)
-        return nodes
+        return nodes[::-1] if self.best_last else nodes
 
     def _make_ready(self, texts: list[str]) -> None:
         warm = self.engine.is_warm(texts)
