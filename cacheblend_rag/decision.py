@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from cacheblend_rag.blending import forced_positions
@@ -10,6 +11,26 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.layout import PromptLayout
 from cacheblend_rag.policies import get_policy
 from cacheblend_rag.stats import Decision
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendCosts:
+    """What a blend takes beside the tokens that it computes, in tokens that could be prefilled meanwhile.
+
+    Attributes:
+        fixed: Whatever is blended.
+        run: For each run of a chunk.
+        token: For each token of them.
+    """
+
+    fixed: float = 0.0
+    run: float = 0.0
+    token: float = 0.0
+
+    def overhead(self, layout: PromptLayout) -> int:
+        """Of a prompt."""
+        tokens = sum(segment.length for segment in layout.segments)
+        return math.ceil(self.fixed + self.run * len(layout.segments) + self.token * tokens)
 
 
 def decide(layout: PromptLayout, config: BlendConfig, num_layers: int, overhead: int = 0) -> tuple[Decision, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from cacheblend_rag.decision import BlendCosts
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside this file are imported by name
 
@@ -56,6 +58,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def policies_to_test(num_layers: int) -> list[str]:
     """Policies that a model of so many layers is tested with: SmolLM2 takes seconds a prompt, the random ones don't."""
     return ["hkvd", "query_aware", *(["hkvd_kv", "hybrid"] if num_layers < 10 else [])]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_measured_costs() -> Iterator[None]:
+    """What a test blends must not depend on how quick the machine is that it runs on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cacheblend_rag.engines.transformers.measure_costs", lambda *_: BlendCosts())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,10 @@ class ConnectedEngine(Engine):
 
     @abc.abstractmethod
     def _read_apart(self, ids: list[int], config: BlendConfig, params: SamplingParams, salt: str) -> Generation:
-        """Answer a prompt beside all others: in vLLM's prefix cache only requests of the same salt find its blocks."""
+        """Answer a prompt beside all others.
+
+        In vLLM's prefix cache only requests of the same salt find its blocks, and no metrics of ours count it.
+        """
 
     def _divergence(self, answered: Answered) -> float | None:
         """See :class:`Engine`. Each token that is compared is a request: those before it stand in its prompt."""

@@ -185,8 +185,7 @@ class ServerEngine(ConnectedEngine):
         ]
 
     def _read_apart(self, ids: list[int], config: BlendConfig, params: SamplingParams, salt: str) -> Generation:
-        request = self._request(ids, config, params)
-        request["extra_body"]["cache_salt"] = salt
+        request = self._request(ids, config, params, salt=salt)
         return self._generation(self._complete(request, params), params, request, config)
 
     def _pieces(self, prompt: Prompt, config: BlendConfig, params: SamplingParams) -> Iterator[StreamPiece]:
@@ -214,7 +213,13 @@ class ServerEngine(ConnectedEngine):
         return None
 
     def _request(
-        self, prompt: Prompt, config: BlendConfig, params: SamplingParams, *, stream: bool = False
+        self,
+        prompt: Prompt,
+        config: BlendConfig,
+        params: SamplingParams,
+        *,
+        stream: bool = False,
+        salt: str | None = None,
     ) -> dict[str, Any]:
         """Arguments of ``completions.create``."""
         if not isinstance(prompt, str):
@@ -245,10 +250,15 @@ class ServerEngine(ConnectedEngine):
                 "skip_special_tokens": params.skip_special_tokens,
                 "add_special_tokens": not isinstance(prompt, str) or self._needs_special(prompt),
                 "kv_transfer_params": wire.blend_params(
-                    config, f"{self._name}-{next(self._numbers)}", trace=params.trace
+                    config,
+                    f"{self._name}-{next(self._numbers)}",
+                    trace=params.trace,
+                    uncounted=salt is not None,
                 ),
             },
         }
+        if salt is not None:
+            request["extra_body"]["cache_salt"] = salt
         if params.structured_outputs is not None:
             tag = structural_tag(params.structured_outputs)
             request["extra_body"]["structured_outputs"] = {"structural_tag": tag}

@@ -23,6 +23,7 @@ from cacheblend_rag.engines.decoding import Sampler, TextStream
 from cacheblend_rag.engines.grammar import GrammarCompiler, GrammarMatcher
 from cacheblend_rag.engines.model_files import render_chat, tokenize_chunk, tokenize_prompt
 from cacheblend_rag.engines.penalties import Penalties
+from cacheblend_rag.engines.transformers_costs import measure_costs
 from cacheblend_rag.engines.transformers_exactness import Exactness, measure_exactness
 from cacheblend_rag.engines.transformers_model import LoadedModel, load_model
 from cacheblend_rag.engines.transformers_reader import KVDeviations, PromptReader
@@ -106,6 +107,7 @@ class TransformersEngine(Engine):
         self._library = ChunkLibrary(store, self.scope)
         self._prefetcher = Prefetcher(self._bring, batch=1)
         self._prompts: PromptReader | None = PromptReader(self._loaded, self._library)
+        self._reader.costs = measure_costs(self._loaded, self.scope)
         self.counts: Counter[str] = self._reader.counts
         generation_config = self._loaded.model.generation_config
         eos = generation_config.eos_token_id if generation_config else None
@@ -135,6 +137,7 @@ class TransformersEngine(Engine):
         other.guard = None
         with self._lock:
             other._prompts = PromptReader(self._loaded, other._library)
+        other._reader.costs = self._reader.costs
         other.counts = other._reader.counts
         return other
 

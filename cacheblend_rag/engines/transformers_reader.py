@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cacheblend_rag.blending import blend
 from cacheblend_rag.chunks import ChunkKV, TokenIds
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.decision import decide
+from cacheblend_rag.decision import BlendCosts, decide
 from cacheblend_rag.engines.transformers_forward import PromptForward
 from cacheblend_rag.engines.transformers_model import LoadedModel
 from cacheblend_rag.errors import PolicyError
@@ -81,10 +81,12 @@ class PromptReader:
         counts: Faults survived: ``chunk_fault`` (a matched chunk could not be read) and ``blend_fault`` (an exception
             in the blend; the prompt was prefilled).
         meter: Reads the chunks.
+        costs: What mode ``"auto"`` takes into account.
     """
 
     def __init__(self, loaded: LoadedModel, library: ChunkLibrary) -> None:
         self.counts: Counter[str] = Counter()
+        self.costs = BlendCosts()
         self._loaded = loaded
         self._library = library
         self.meter = ReadMeter(library.store)
@@ -186,7 +188,7 @@ class PromptReader:
             started = time.perf_counter()
             segments = self._library.match(ids, exclude=unreadable)
             layout = PromptLayout.of_prompt(ids, segments, self._primer_ids)
-            stats.decision, stats.reason = decide(layout, config, len(self._primer_kv))
+            stats.decision, stats.reason = decide(layout, config, len(self._primer_kv), self.costs.overhead(layout))
             if stats.decision == "prefill":
                 layout = PromptLayout.build(len(ids))
             elif stats.decision == "prefix":

@@ -196,7 +196,8 @@ class VllmEngine(ConnectedEngine):
     ) -> _Sent:
         started = time.perf_counter() - seconds
         request_id = self._new_id()
-        request = self._send(request_id, ids, params, wire.blend_params(config, request_id, trace=params.trace), salt)
+        asked = wire.blend_params(config, request_id, trace=params.trace, uncounted=salt is not None)
+        request = self._send(request_id, ids, params, asked, salt)
         request.timeout = params.timeout
         return _Sent(request, request_id, ids, config, params, started, seconds)
 

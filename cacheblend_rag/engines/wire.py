@@ -17,9 +17,10 @@ from cacheblend_rag.trace import BlendTrace
 from cacheblend_rag.vllm.settings import PARAMS_KEY
 
 
-def blend_params(config: BlendConfig, request_id: str, *, trace: bool) -> dict[str, Any]:
+def blend_params(config: BlendConfig, request_id: str, *, trace: bool, uncounted: bool) -> dict[str, Any]:
     """``kv_transfer_params`` of a request that generates, its stats to be found under a name."""
-    asked = {"trace": True} if trace else {}  # servers of earlier versions refuse what they don't know
+    flags = {"trace": trace, "uncounted": uncounted}
+    asked = {name: True for name, is_set in flags.items() if is_set}  # earlier servers refuse what they don't know
     return {PARAMS_KEY: {**config.to_dict(), "id": request_id, **asked}}
 
 

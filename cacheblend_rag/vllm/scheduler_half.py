@@ -629,7 +629,8 @@ class SchedulerHalf:
         if answered:
             stats.started = plan.request.arrival_time
             stats.ttft = first_token_at - stats.started
-            self.metrics.observe(stats)
+            if not plan.params.uncounted:
+                self.metrics.observe(stats)
         return stats
 
     def _renew_if_wrong(self, plan: _Plan, report: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ class RequestParams:
         keys: Of ``lookup``, ``evict_keys`` and ``prefetch``; at most :data:`MOST_KEYS`.
         cursor: Of ``list_keys``.
         trace: ``trace: true``: tell what the blend measured and chose, besides the stats.
+        uncounted: ``uncounted: true``: leave the request out of the metrics, but for faults. A guard asks so.
     """
 
     action: Action = "generate"
@@ -109,6 +110,7 @@ class RequestParams:
     keys: tuple[str, ...] = ()
     cursor: int = 0
     trace: bool = False
+    uncounted: bool = False
 
     @classmethod
     def parse(cls, params: object, defaults: BlendConfig, num_layers: int) -> RequestParams:
@@ -130,9 +132,10 @@ class RequestParams:
             raise ConfigError(f"kv_transfer_params.{PARAMS_KEY} must be an object of settings, not {ours!r}")
         settings = dict(ours)
         request_id = settings.pop("id", None)
-        trace = settings.pop("trace", False)
-        if not isinstance(trace, bool):
-            raise ConfigError(f"trace must be true or false, not {trace!r}")
+        trace, uncounted = (settings.pop(name, False) for name in ("trace", "uncounted"))
+        for name, value in (("trace", trace), ("uncounted", uncounted)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} must be true or false, not {value!r}")
         asked: list[Action] = []
         for action in ("warm", "evict", "describe"):
             value = settings.pop(action, False)
@@ -163,7 +166,7 @@ class RequestParams:
             raise ConfigError(f"bad blend settings {settings!r}: {error}") from error
         blend = blend.or_question_layers(defaults.question_layers)
         blend.check_layer_numbers(num_layers)
-        return cls(asked[0] if asked else "generate", blend, request_id, keys, cursor or 0, trace)
+        return cls(asked[0] if asked else "generate", blend, request_id, keys, cursor or 0, trace, uncounted)
 
 
 def _parse_keys(action: str, value: object) -> tuple[str, ...]:

@@ -422,8 +422,10 @@ def test_deviations_of_traced_blends_are_exported(served: str, engine: ServerEng
     assert metric(served, "deviation_p95_sum") == pytest.approx(told.stats.deviation["p95"])
 
 
-def test_a_guard_compares_answers_of_the_server(engine: ServerEngine) -> None:
+def test_a_guard_compares_answers_of_the_server(engine: ServerEngine, served: str) -> None:
     """From what a server tells: the most likely tokens, of answers to texts and to token ids."""
+    time.sleep(0.5)
+    counted = metric(served, "requests_total")
     seen: list[BlendStats] = []
     engine.add_observer(seen.append)
     engine.watch(1.0)
@@ -447,6 +449,8 @@ def test_a_guard_compares_answers_of_the_server(engine: ServerEngine) -> None:
         assert min(found[:2]) > 1e-4
         assert found[2] < 1e-5  # recomputing everything is full prefill
         assert len(seen) == 3  # what the guard asks is not among the answers
+        time.sleep(0.5)
+        assert metric(served, "requests_total") == counted + 3
     finally:
         guard.close()
         engine.guard, engine._observers = None, ()

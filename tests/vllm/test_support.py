@@ -295,6 +295,7 @@ def test_connector_settings_survive_json() -> None:
         {"list_keys": -1},
         {"list_keys": 0, "lookup": ["k"]},
         {"id": 5},
+        {"uncounted": 1},
     ],
     ids=str,
 )

@@ -23,7 +23,8 @@ class CacheBlendRetriever(BaseRetriever):
 
     For documents that were indexed before CacheBlend came, or by another process: the first prompt that holds one pays
     for its prefill, all later ones reuse it. Content and, unless ``best_last``, order of the documents are those of the
-    wrapped retriever. Neither warming nor prefetching is a reason for retrieval to fail: whatever goes wrong there is logged as a warning.
+    wrapped retriever. Neither warming nor prefetching is a reason for retrieval to fail: whatever goes wrong there is
+    logged as a warning.
 
     What is warmed is what is returned: around a ``ParentDocumentRetriever`` the parents, which the prompt will hold.
     A ``ContextualCompressionRetriever`` belongs outside, with this one as its base: whole documents are warmed once,
