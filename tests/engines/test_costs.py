@@ -1,4 +1,4 @@
-"""What mode "auto" takes a blend to cost beside the tokens that it computes, on a clock that says what each step takes."""
+"""What a blend takes beside the tokens that it computes: on a clock that says what each step takes."""
 
 from __future__ import annotations
 
