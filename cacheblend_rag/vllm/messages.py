@@ -32,6 +32,7 @@ class BlendJob:
         salt: Names the prompt cache's blended blocks that the hit may hold.
         block_ids: The request's block table.
         trace: Whether to report what the blend measures and chooses.
+        overhead: See :func:`decide`, should chunks turn out to be lost.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class BlendJob:
     salt: str
     block_ids: list[int]
     trace: bool = False
+    overhead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

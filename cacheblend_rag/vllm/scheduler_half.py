@@ -317,6 +317,7 @@ class SchedulerHalf:
                     plan.marks[-1][1],
                     block_ids,
                     plan.params.trace,
+                    self._overhead,
                 )
             )
 

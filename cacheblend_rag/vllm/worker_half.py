@@ -288,7 +288,7 @@ class WorkerHalf:
             # As if these chunks were not warm: others may cover their tokens.
             unreadable |= {segment.key for segment, gone in zip(segments, lost, strict=True) if gone}
             layout = PromptLayout.after_hit(job.token_ids, self._rematch(job, scope, unreadable), primer_ids, job.hit)
-            stats.decision, stats.reason = decide(layout, job.config, len(self._model.layers))
+            stats.decision, stats.reason = decide(layout, job.config, len(self._model.layers), job.overhead)
             if stats.decision != "blend":
                 layout = PromptLayout.build(len(job.token_ids), prefix=job.hit)
         stats.prefix_tokens = layout.prefix + sum(segment.length for segment in layout.prefix_segments)

@@ -92,6 +92,20 @@ def test_a_bad_chunk_is_a_miss(
     assert_alike([again], [healthy])
 
 
+def test_too_little_is_left_to_be_blended(case: Case, store_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a blend takes beside its tokens counts again where a chunk turns out to be lost."""
+    prompt, blend = case.prompt(0), {"policy": "query_aware", "mode": "auto", "min_reused_tokens": 0}
+    bad = used_chunks(case, prompt)[0]
+    left = without(case, prompt, bad, **blend).stats.reused_tokens
+    monkeypatch.setattr(connectors(case.engine)[0]._scheduler, "_overhead", left + 1)
+    assert without(case, prompt, **blend).stats.decision == "blend"
+    plain = without(case, prompt, mode="off")
+    chunk_file(case, store_dir, bad).write_bytes(b"")
+    broken = case.engine.generate(prompt, blend=blend, **SETTINGS)
+    assert (broken.token_ids, broken.stats.decision) == (plain.token_ids, "prefill")
+    assert broken.stats.reason.endswith(f"a blend takes as long as prefill of {left + 1}")
+
+
 def test_all_chunks_bad_is_plain_prefill(case: Case, store_dir: Path) -> None:
     prompt = case.prompt(1)
     plain = without(case, prompt, mode="off")
