@@ -107,7 +107,7 @@ class TransformersEngine(Engine):
         self._library = ChunkLibrary(store, self.scope)
         self._prefetcher = Prefetcher(self._bring, batch=1)
         self._prompts: PromptReader | None = PromptReader(self._loaded, self._library)
-        self._reader.costs = measure_costs(self._loaded, self.scope)
+        self._reader.costs = measure_costs(self._loaded, self._reader, self.scope)
         self.counts: Counter[str] = self._reader.counts
         generation_config = self._loaded.model.generation_config
         eos = generation_config.eos_token_id if generation_config else None
@@ -135,9 +135,7 @@ class TransformersEngine(Engine):
         other._prefetcher = Prefetcher(other._bring, batch=1)
         other._observers = ()
         other.guard = None
-        with self._lock:
-            other._prompts = PromptReader(self._loaded, other._library)
-        other._reader.costs = self._reader.costs
+        other._prompts = self._reader.beside(other._library)
         other.counts = other._reader.counts
         return other
 

@@ -29,11 +29,12 @@ _SHORT, _LONG = 256, 1024  # tokens of chunks in a prompt
 _RUNS = 4  # that the short one is cut into
 _PREFILLS = (32, 128, 512, 2048)  # tokens: more gain little
 _MOST_SECONDS = 0.1  # for prefill of the short one: if it takes longer, a blend's other costs are little beside it
+_ENOUGH_SECONDS = 1.0  # of a prompt that is read again: no start waits longer for a slow model to be slow again
 _STORE_BYTES = 1 << 34
 _OFF, _BLEND = BlendConfig(mode="off"), BlendConfig(mode="blend")
 
 
-def measure_costs(loaded: LoadedModel, scope: ChunkScope) -> BlendCosts:
+def measure_costs(loaded: LoadedModel, reader: PromptReader, scope: ChunkScope) -> BlendCosts:
     """Time prefill, and blends of made-up chunks by the default policy; nothing of them is kept.
 
     Three prompts tell what a blend takes in any case, for each run of a chunk, and for each token of it: one run, the
@@ -41,21 +42,22 @@ def measure_costs(loaded: LoadedModel, scope: ChunkScope) -> BlendCosts:
 
     Args:
         loaded: The model.
+        reader: Reads its prompts; what is read here is no concern of it.
         scope: Its primer and its codec are what chunks will have.
 
     Returns:
         The costs; none where they are little beside what tokens take, or can't be told.
     """
     try:
-        return _measure(loaded, scope)
+        return _measure(loaded, reader, scope)
     except Exception:  # out of memory, perhaps: nothing depends on it but which short prompts are blended
         logger.debug("a blend could not be timed", exc_info=True)
         return BlendCosts()
 
 
-def _measure(loaded: LoadedModel, scope: ChunkScope) -> BlendCosts:
+def _measure(loaded: LoadedModel, reader: PromptReader, scope: ChunkScope) -> BlendCosts:
     library = ChunkLibrary(MemoryStore(_STORE_BYTES), scope)
-    reader = PromptReader(loaded, library)
+    reader = reader.beside(library)
     generator = np.random.default_rng(0)
 
     def some(tokens: int) -> TokenIds:
@@ -103,7 +105,7 @@ def _made_up(loaded: LoadedModel, scope: ChunkScope, ids: TokenIds) -> ChunkKV:
 def _seconds(reader: PromptReader, ids: TokenIds, config: BlendConfig) -> float:
     """What reading a prompt takes up to its logits."""
     took: list[float] = []
-    while len(took) < (2 if took and took[-1] > _MOST_SECONDS else 3):  # the first one may have to choose kernels
+    while len(took) < 3 and sum(took) < _ENOUGH_SECONDS:  # the first one may have to choose kernels
         started = time.perf_counter()
         reader.read_prompt(ids, len(ids), config).logits[0].item()
         took.append(time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -96,6 +97,14 @@ class PromptReader:
             primer = self._forward(self._primer_ids, self._primer_kv)
             with torch.inference_mode():
                 primer.recompute(torch.arange(len(self._primer_ids)))
+
+    def beside(self, library: ChunkLibrary) -> PromptReader:
+        """A reader of other chunks of the same primer, which is not computed again."""
+        other = copy.copy(self)
+        other.counts = Counter()
+        other.meter = ReadMeter(library.store)
+        other._library = library
+        return other
 
     @torch.inference_mode()
     def read_chunk(self, ids: TokenIds) -> ChunkKV:

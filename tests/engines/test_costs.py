@@ -63,7 +63,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_what_is_fixed_and_what_chunks_take_are_told_apart(engine: TransformersEngine, clock: Clock) -> None:
-    costs = measure_costs(engine._loaded, engine.scope)
+    costs = measure_costs(engine._loaded, engine._reader, engine.scope)
     token = ROW + PASS / 512  # of the longest prefill of at most a tenth of a second, and of the next
     assert costs.run == pytest.approx(RUN / token, rel=0.1)
     assert costs.token == pytest.approx(TOKEN / token, rel=0.1)
@@ -76,7 +76,7 @@ def test_nothing_is_blended_where_tokens_take_long(
     monkeypatch.setitem(globals(), "ROW", 1e-3)
     placed: list[Any] = []
     monkeypatch.setattr(PromptForward, "place", lambda *args: placed.append(args))
-    assert measure_costs(engine._loaded, engine.scope) == BlendCosts()
+    assert measure_costs(engine._loaded, engine._reader, engine.scope) == BlendCosts()
     assert not placed
 
 
@@ -87,15 +87,13 @@ def test_what_can_not_be_measured_costs_nothing(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(PromptForward, "recompute", out_of_memory)
-    assert measure_costs(engine._loaded, engine.scope) == BlendCosts()
+    assert measure_costs(engine._loaded, engine._reader, engine.scope) == BlendCosts()
 
 
 def test_an_engine_measures_and_auto_prefills_what_would_take_longer(
     random_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "cacheblend_rag.engines.transformers.measure_costs", lambda loaded, scope: BlendCosts(400, 100, 0.25)
-    )
+    monkeypatch.setattr("cacheblend_rag.engines.transformers.measure_costs", lambda *_: BlendCosts(400, 100, 0.25))
     with open_engine(random_models["qwen2"], blend=BlendConfig(min_reused_tokens=0)) as engine:
         chunks = [random_text(seed, 400) for seed in range(2)]
         engine.warm(chunks)
