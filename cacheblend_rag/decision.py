@@ -19,18 +19,32 @@ class BlendCosts:
 
     Attributes:
         fixed: Whatever is blended.
+        choosing: Besides, where tokens are to be chosen.
         run: For each run of a chunk.
         token: For each token of them.
     """
 
     fixed: float = 0.0
+    choosing: float = 0.0
     run: float = 0.0
     token: float = 0.0
 
-    def overhead(self, layout: PromptLayout) -> int:
-        """Of a prompt."""
+    def __str__(self) -> str:
+        """For people."""
+        if self == BlendCosts():
+            return "a blend takes next to nothing"
+        return (
+            f"a blend takes as long as prefill of {self.fixed:.0f} tokens, {self.choosing:.0f} more to choose some, "
+            f"{self.run:.0f} for each run of a chunk and {self.token:.2f} for each token of it"
+        )
+
+    def overhead(self, layout: PromptLayout, config: BlendConfig, num_layers: int) -> int:
+        """Of a prompt; see :func:`decide`."""
+        fixed = self.fixed
+        if self.choosing and _reused_and_cost(layout, config, Budget.of(len(layout.matched), config), num_layers)[1]:
+            fixed += self.choosing
         tokens = sum(segment.length for segment in layout.segments)
-        return math.ceil(self.fixed + self.run * len(layout.segments) + self.token * tokens)
+        return math.ceil(fixed + self.run * len(layout.segments) + self.token * tokens)
 
 
 def decide(layout: PromptLayout, config: BlendConfig, num_layers: int, overhead: int = 0) -> tuple[Decision, str]:

@@ -25,10 +25,12 @@ from typer.testing import CliRunner, Result
 
 import cacheblend_rag
 from cacheblend_rag import profiling_data
+from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.cli import app
-from cacheblend_rag.diagnostics import comparing, sweep
+from cacheblend_rag.diagnostics import comparing, embedded, sweep
 from cacheblend_rag.diagnostics.embedded import Embedded
 from cacheblend_rag.diagnostics.sweep import settings_to_try
+from cacheblend_rag.store import MemoryStore
 
 CHAT = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -684,7 +686,7 @@ class TestDoctor:
     def only_checks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of the store: no prompts are read, and nothing is measured."""
         monkeypatch.setattr(Embedded, "check_exactness", lambda *args: [])
-        monkeypatch.setattr(sweep, "sweep", lambda *args: None)
+        monkeypatch.setattr(sweep, "sweep", lambda *args, **options: None)
 
     @pytest.fixture
     def ask(self, options: list[str]) -> list[Any]:
@@ -744,6 +746,7 @@ class TestDoctor:
         path.write_text("\n".join(map(json.dumps, asked)))
         found = json.loads(run(*ask, "--prompts", path, "--json").stdout)
         assert len(found["answers"]) == 2
+        assert next(check["ok"] for check in found["checks"] if check["name"] == "known chunks are in the prompts")
         path.write_text(json.dumps({"prompt": "Nothing of this is known to anybody. " * 4}))
         result = run(*ask, "--prompts", path, "--json")
         assert result.exit_code == 1
@@ -757,6 +760,31 @@ class TestDoctor:
         ):
             path.write_bytes(text)
             assert said in refused("doctor", "--model", "not loaded", "--prompts", path)
+
+    def test_there_is_no_room_for_the_chunks_of_all_prompts(
+        self, ask: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """But for those of one at a time."""
+        stored: list[int] = []
+
+        class Small(MemoryStore):
+            def __init__(self, max_bytes: int) -> None:
+                super().__init__(max_bytes // 8)
+                stored.append(-self.max_bytes)
+
+            def put(self, chunk: ChunkKV) -> int:
+                stored.append(super().put(chunk))
+                return stored[-1]
+
+        monkeypatch.setattr(embedded, "MemoryStore", Small)
+        monkeypatch.setattr(embedded, "_LEAST_BYTES", 0)
+        path = tmp_path / "prompts.jsonl"
+        texts = [f"Town {n}. {text}" for n in range(2) for text in TOWNS.values()]
+        asked = [{"question": "Who is the mayor?", "passages": texts[n : n + len(TOWNS)]} for n in (0, 3)]
+        path.write_text("\n".join(map(json.dumps, asked)))
+        checks = json.loads(run(*ask, "--prompts", path, "--json").stdout)["checks"]
+        assert next(check["ok"] for check in checks if check["name"] == "known chunks are in the prompts")
+        assert sum(stored) > 0
 
     def test_a_model_that_can_not_be_blended(self, make_model: Callable[..., str], tmp_path: Path) -> None:
         model = make_model("learned", model_type="gpt2", n_embd=64, n_head=4, n_layer=2)

@@ -141,7 +141,7 @@ def _sweep(
         print_note("note: the prompts are sample text: give --prompts FILE, or a --store that was ingested")
         asked = sample_prompts(subject, count)
     with count_progress("prompt") as show:
-        return sweep(asked, settings_to_try(default, subject.engine.num_layers), show)
+        return sweep(asked, settings_to_try(default, subject.engine.num_layers), show, warm=subject.warm)
 
 
 def _as_json(checks: list[Check], found: SweepResult | None, said: str) -> dict[str, Any]:

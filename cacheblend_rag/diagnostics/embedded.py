@@ -13,8 +13,9 @@ from cacheblend_rag.diagnostics.comparing import ByLogits, Comparison
 from cacheblend_rag.diagnostics.exactness import check_shift, exactness_check, not_measured
 from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.engines.transformers import TransformersEngine
-from cacheblend_rag.store import open_store
+from cacheblend_rag.store import MemoryStore
 
+_LEAST_BYTES = 1 << 30
 _EXACT = 1e-4  # max abs difference of logits that is rounding, in float32; otherwise twice what rounding is seen to do
 
 
@@ -29,7 +30,8 @@ class Embedded:
 
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
-        self._beside = engine.beside(open_store(None))
+        # A prompt is no longer than the context, whose chunks have to be there together.
+        self._beside = engine.beside(MemoryStore(max(_LEAST_BYTES, engine.context_window * engine.token_bytes)))
 
     def check_model(self) -> Check:
         """See the protocol. A model that has been loaded has been probed: it can be blended."""

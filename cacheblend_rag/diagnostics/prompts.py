@@ -124,24 +124,21 @@ def asked_prompts(prompts: Sequence[UserPrompt], subject: Subject) -> list[Asked
     """The user's prompts for the engines that know their chunks.
 
     Args:
-        prompts: What was read. Chunks of whole prompts are in the store, or not known; passages are warmed.
+        prompts: What was read. Chunks of whole prompts are in the store, or not known; passages are to be warmed.
         subject: Whose model is to answer them.
-
-    Raises:
-        ChunkTooLongError: a passage does not fit the context.
     """
+    apart = subject.warm([])
     made = []
     for prompt in prompts:
         if prompt.passages:
-            engine = subject.warm(prompt.passages)
-            made.append(_asked(subject, render_question(engine, prompt.passages, prompt.text), engine))
+            made.append(_asked(subject, render_question(apart, prompt.passages, prompt.text), apart, prompt.passages))
         else:
             made.append(_asked(subject, prompt.text, subject.engine))
     return made
 
 
-def _asked(subject: Subject, text: str, engine: Engine) -> AskedPrompt:
-    return AskedPrompt(text, engine, subject.comparison(engine))
+def _asked(subject: Subject, text: str, engine: Engine, passages: tuple[str, ...] = ()) -> AskedPrompt:
+    return AskedPrompt(text, engine, subject.comparison(engine), passages)
 
 
 def _parse(record: Any, place: str) -> UserPrompt:

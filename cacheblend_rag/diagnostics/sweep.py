@@ -21,17 +21,19 @@ _OFF = {"mode": "off"}
 
 @dataclasses.dataclass(frozen=True)
 class AskedPrompt:
-    """A prompt whose chunks are warm in its engine.
+    """A prompt whose chunks its engine knows.
 
     Attributes:
         text: All of it.
-        engine: What knows its chunks.
+        engine: What is asked.
         comparison: How its answers are compared.
+        passages: Those of its texts that are to be warmed before it is asked.
     """
 
     text: str
     engine: Engine
     comparison: Comparison
+    passages: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -128,7 +130,11 @@ def settings_to_try(default: BlendConfig, num_layers: int) -> list[dict[str, Any
 
 
 def sweep(
-    prompts: Sequence[AskedPrompt], settings: Sequence[dict[str, Any]], progress: Callable[[int, int], None]
+    prompts: Sequence[AskedPrompt],
+    settings: Sequence[dict[str, Any]],
+    progress: Callable[[int, int], None],
+    *,
+    warm: Callable[[Sequence[str]], object],
 ) -> SweepResult:
     """Read every prompt by full prefill and with every setting, in turn.
 
@@ -136,13 +142,17 @@ def sweep(
         prompts: At least one; their engines are of one model.
         settings: At least one, the default first.
         progress: Called with (prompts done, prompts in all) after each.
+        warm: Warms a prompt's passages right before it is asked: not all prompts' chunks may fit at a time.
 
     Raises:
+        ChunkTooLongError: a passage does not fit the context.
         CacheBlendError: an engine does not tell how long a prompt took.
     """
     is_bound = any(prompt.comparison.is_bound for prompt in prompts)
     found = SweepResult([SettingFigures(dict(setting)) for setting in settings], [], is_bound)
     for number, prompt in enumerate(prompts):
+        if prompt.passages:
+            warm(prompt.passages)
         expected = prompt.comparison.expect(prompt.text)
         for setting in found.settings:
             blend = {"mode": "blend", **setting.blend}

@@ -123,6 +123,7 @@ class TransformersEngine(Engine):
             blend.recompute_ratio,
             store,
         )
+        logger.info("beside its tokens, %s", self._reader.costs)
         logger.info("memory on %s: %s", self._loaded.model.device, self._loaded.plan_memory(_memory_of(store)))
 
     def beside(self, store: ChunkStore) -> TransformersEngine:
@@ -253,6 +254,11 @@ class TransformersEngine(Engine):
         self._check_length(len(ids), 0)
         with self._lock:
             return measure_exactness(self._loaded, self.scope, encoded, ids)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the KV of a token, as the model has it."""
+        return self._loaded.plan_memory(0).token
 
     @property
     def device(self) -> torch.device:

@@ -24,21 +24,24 @@ from cacheblend_rag.store.codecs import encode
 
 logger = logging.getLogger(__name__)
 
-_QUESTION = 32  # tokens
-_SHORT, _LONG = 256, 1024  # tokens of chunks in a prompt
-_RUNS = 4  # that the short one is cut into
-_PREFILLS = (32, 128, 512, 2048)  # tokens: more gain little
-_MOST_SECONDS = 0.1  # for prefill of the short one: if it takes longer, a blend's other costs are little beside it
-_ENOUGH_SECONDS = 1.0  # of a prompt that is read again: no start waits longer for a slow model to be slow again
+_AROUND = 32  # tokens before the chunks of a prompt, which could else be taken for its exact prefix, and behind them
+_SHORT, _LONG = 256, 1024  # tokens of chunks
+_RUNS = 4  # that the short ones are cut into
+_PREFILLS = (32, 128, 512, 2048, 8192)  # tokens
+_GAIN = 0.9  # of a token's time, by which a longer prefill has to be quicker to go on
+_MOST_SECONDS = 0.1  # for prefill of a short prompt: if it takes longer, a blend's other costs are little beside it
+_ENOUGH_SECONDS = 1.0  # of reading a prompt again and again: no start waits long for a slow model to be slow again
 _STORE_BYTES = 1 << 34
-_OFF, _BLEND = BlendConfig(mode="off"), BlendConfig(mode="blend")
+_OFF = BlendConfig(mode="off")
+_REUSE, _BLEND = BlendConfig(mode="blend", recompute_ratio=0.0), BlendConfig(mode="blend")
 
 
 def measure_costs(loaded: LoadedModel, reader: PromptReader, scope: ChunkScope) -> BlendCosts:
-    """Time prefill, and blends of made-up chunks by the default policy; nothing of them is kept.
+    """Time prefill, and blends of made-up chunks; nothing of them is kept.
 
-    Three prompts tell what a blend takes in any case, for each run of a chunk, and for each token of it: one run, the
-    same tokens in several, and a longer run.
+    Four blends tell apart what a blend takes in any case, for choosing, for each run of a chunk, and for each token of
+    it: full reuse of one run, the same by the default policy and ratio, full reuse of the same tokens in several runs,
+    and of a longer run.
 
     Args:
         loaded: The model.
@@ -67,31 +70,31 @@ def _measure(loaded: LoadedModel, reader: PromptReader, scope: ChunkScope) -> Bl
     for tokens in _PREFILLS:
         if tokens > loaded.full_attention_tokens:
             break
-        seconds = _seconds(reader, some(tokens), _OFF)
+        before, seconds = token, _seconds(reader, some(tokens), _OFF)
         token = min(token, seconds / tokens)
-        if seconds > _MOST_SECONDS:
+        if seconds > _MOST_SECONDS or token > _GAIN * before:
             break
-    if token * (_SHORT + _QUESTION) > _MOST_SECONDS:
+    if token * (_SHORT + 2 * _AROUND) > _MOST_SECONDS:
         return BlendCosts()
 
-    def blend_seconds(runs: int, tokens: int) -> float:
+    def blend_seconds(runs: int, tokens: int, config: BlendConfig) -> float:
         """Of a prompt, beside what prefill of the tokens takes that are computed."""
         chunks = [some(tokens // runs) for _ in range(runs)]
         for ids in chunks:
             library.store.put(_made_up(loaded, scope, ids))
-        ids = np.concatenate([*chunks, some(_QUESTION)])
-        read = reader.read_prompt(ids, len(ids), _BLEND).stats
-        if read.decision != "blend":
-            raise RuntimeError(read.reason)
-        # The question runs twice: what it reads is looked at before anything is recomputed.
-        computed = read.recomputed_tokens + read.missed_tokens + _QUESTION
-        return _seconds(reader, ids, _BLEND) - computed * token
+        ids = np.concatenate([some(_AROUND), *chunks, some(_AROUND)])
+        read = reader.try_blend(ids, len(ids), config).stats
+        # Where something is chosen, the question runs twice: what it reads is looked at before anything is recomputed.
+        asked = _AROUND if read.recomputed_tokens else 0
+        computed = read.recomputed_tokens + read.missed_tokens + asked
+        return _seconds(reader, ids, config) - computed * token
 
-    one, several, long = blend_seconds(1, _SHORT), blend_seconds(_RUNS, _SHORT), blend_seconds(1, _LONG)
-    run = max(0.0, (several - one) / (_RUNS - 1))
-    reused = max(0.0, (long - one) / (_LONG - _SHORT))
-    fixed = max(0.0, one - run - _SHORT * reused)
-    return BlendCosts(fixed / token, run / token, reused / token)
+    long = min(_LONG, loaded.full_attention_tokens - 2 * _AROUND)
+    reuse, blend = blend_seconds(1, _SHORT, _REUSE), blend_seconds(1, _SHORT, _BLEND)
+    run = max(0.0, (blend_seconds(_RUNS, _SHORT, _REUSE) - reuse) / (_RUNS - 1))
+    reused = max(0.0, (blend_seconds(1, long, _REUSE) - reuse) / (long - _SHORT)) if long >= 2 * _SHORT else 0.0
+    fixed = max(0.0, reuse - run - _SHORT * reused)
+    return BlendCosts(fixed / token, max(0.0, blend - reuse) / token, run / token, reused / token)
 
 
 def _made_up(loaded: LoadedModel, scope: ChunkScope, ids: TokenIds) -> ChunkKV:
@@ -104,9 +107,11 @@ def _made_up(loaded: LoadedModel, scope: ChunkScope, ids: TokenIds) -> ChunkKV:
 
 def _seconds(reader: PromptReader, ids: TokenIds, config: BlendConfig) -> float:
     """What reading a prompt takes up to its logits."""
+    read = reader.read_prompt if config.mode == "off" else reader.try_blend
     took: list[float] = []
-    while len(took) < 3 and sum(took) < _ENOUGH_SECONDS:  # the first one may have to choose kernels
+    # The first time may have to choose kernels, so it counts alone only if it is far from anything quick.
+    while len(took) < 3 and sum(took) < (5 * _ENOUGH_SECONDS if len(took) == 1 else _ENOUGH_SECONDS):
         started = time.perf_counter()
-        reader.read_prompt(ids, len(ids), config).logits[0].item()
+        read(ids, len(ids), config).logits[0].item()
         took.append(time.perf_counter() - started)
     return min(took)

@@ -143,7 +143,7 @@ class PromptReader:
             limit = self._loaded.full_attention_tokens
             return self._prefill(ids, total, f"longer than the {limit} tokens that see each other fully")
         try:
-            return self._blend(ids, total, config, trace)
+            return self.try_blend(ids, total, config, trace=trace)
         except PolicyError:
             raise
         except Exception:
@@ -173,7 +173,9 @@ class PromptReader:
         distances = full.squared_distances(cached, layout.matched)
         return KVDeviations(layout.matched.numpy(), distances[:, 0], distances[:, 1])
 
-    def _blend(self, ids: TokenIds, total: int, config: BlendConfig, trace: bool) -> ReadPrompt:
+    @torch.inference_mode()
+    def try_blend(self, ids: TokenIds, total: int, config: BlendConfig, *, trace: bool = False) -> ReadPrompt:
+        """As :meth:`read_prompt`, with no prefill behind it: whatever goes wrong in a blend is raised."""
         stats, layout, forward = self._with_known_chunks(ids, total, config)
         recorder = Recorder() if trace and layout.segments else None
         result = blend(forward, layout, config, recorder)
@@ -197,7 +199,9 @@ class PromptReader:
             started = time.perf_counter()
             segments = self._library.match(ids, exclude=unreadable)
             layout = PromptLayout.of_prompt(ids, segments, self._primer_ids)
-            stats.decision, stats.reason = decide(layout, config, len(self._primer_kv), self.costs.overhead(layout))
+            stats.decision, stats.reason = decide(
+                layout, config, len(self._primer_kv), self.costs.overhead(layout, config, len(self._primer_kv))
+            )
             if stats.decision == "prefill":
                 layout = PromptLayout.build(len(ids))
             elif stats.decision == "prefix":

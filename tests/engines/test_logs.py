@@ -27,10 +27,11 @@ def test_the_start_is_told(random_models: dict[str, str], caplog: pytest.LogCapt
     directory = random_models["llama3-scaled"]
     with caplog.at_level(logging.INFO, "cacheblend_rag"), open_engine(directory):
         pass
-    line, memory = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    line, costs, memory = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert directory in line
     assert "policy query_aware, recompute_ratio 0.15" in line
     assert "MemoryStore" in line
+    assert costs == "beside its tokens, a blend takes next to nothing"
     assert memory.startswith("memory on cpu: weights ")
 
 

@@ -21,7 +21,7 @@ from cacheblend_rag.chunks import ChunkKV
 from cacheblend_rag.cli import app
 from cacheblend_rag.cli import engine as options
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.diagnostics import comparing, sweep
+from cacheblend_rag.diagnostics import comparing, connected_exactness, sweep
 from cacheblend_rag.diagnostics.checks import Check
 from cacheblend_rag.diagnostics.comparing import ByTopTokens
 from cacheblend_rag.diagnostics.connected import InProcess
@@ -94,6 +94,19 @@ def test_a_chunk_that_is_read_wrongly_is_seen(
     assert not checks[I2].ok
     assert checks[I2].advice.startswith("this model is not blended exactly")
     assert checks[I1].ok  # there nothing is left of what was read
+
+
+def test_a_chunk_that_is_not_read_is_no_evidence(subject: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_primer = connected_exactness._behind_primer
+
+    def behind_another(*args: Any) -> tuple[list[int], int]:
+        ids, chunk_tokens = behind_primer(*args)
+        return [ids[0] + 1, *ids[1:]], chunk_tokens  # its chunks are recomputed as all chunks are
+
+    monkeypatch.setattr(connected_exactness, "_behind_primer", behind_another)
+    check = exactness(subject)[I2]
+    assert check.ok
+    assert check.figure.startswith("not measured")
 
 
 def test_tokens_that_are_not_recomputed_are_seen(subject: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +260,7 @@ def test_what_is_timed_is_read_anew(subject: InProcess, monkeypatch: pytest.Monk
     monkeypatch.setattr(comparing, "ANSWER_TOKENS", 4)
     asked = sample_prompts(subject, 1)
     settings = settings_to_try(engine.blend, engine.num_layers)[:2]
-    found = sweep.sweep(asked, settings, lambda done, total: None)
+    found = sweep.sweep(asked, settings, lambda done, total: None, warm=subject.warm)
     full = [stats for stats in timed if stats.reason == "mode is off" and stats.prompt_tokens > 1000]
     assert [(stats.prefix_tokens, stats.decision) for stats in full[:2]] == [(0, "prefill")] * 2
     for setting in found.settings:
@@ -332,7 +345,7 @@ def test_nothing_is_left_behind_by_a_failure(
 ) -> None:
     before = case.engine.stored_keys()
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         assert len(case.engine.stored_keys()) > len(before)
         raise StoreError("the disk is full")
 

@@ -37,7 +37,8 @@ class CacheBlendRetriever(BaseRetriever):
         prefetch: Begin to bring what is warm from the chunk store's disk to its memory, while the prompt is being
             built.
         best_last: Return the documents in reverse, so that the retriever's first is next to a question that follows
-            them. A blend is nearer to full prefill that way (see the project's docs/quality.md).
+            them. A blend is nearer to full prefill that way (see the project's docs/quality.md). To be set on the
+            outermost retriever: one around it that ranks again, or keeps the first few, would undo it.
     """
 
     retriever: RetrieverLike

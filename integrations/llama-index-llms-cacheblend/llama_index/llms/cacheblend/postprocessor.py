@@ -26,7 +26,8 @@ class CacheBlendPostprocessor(HoldsEngine, BaseNodePostprocessor):
     Attributes:
         on_miss: ``"warm"`` warms what is cold, so that the next prompt with it reuses it; ``"ignore"`` leaves it cold.
         best_last: Return the nodes in reverse, so that the retriever's first is next to a question that follows them.
-            A blend is nearer to full prefill that way (see the project's docs/quality.md).
+            A blend is nearer to full prefill that way (see the project's docs/quality.md). Postprocessors that rank
+            again belong before this one.
     """
 
     on_miss: OnMiss = "warm"
