@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -379,6 +380,40 @@ def test_profile_for_people(models: list[str], store: Path, questions: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ingest", "docs", "--model", "m"),
+        ("query", "who?", "--model", "m"),
+        ("inspect", "who?", "--model", "m"),
+        ("doctor", "--model", "m"),
+        ("serve", "m"),
+        ("profile", "m"),
+        ("dashboard",),
+        ("store", "ls"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_store_that_is_a_file_is_refused(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert refused(*command, "--store", tmp_path / "notes.txt").endswith("notes.txt is a file: give a directory")
+
+
+def deny_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+
+
+def test_a_store_that_can_not_be_read_is_one_line(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deny_directories(monkeypatch)
+    said = refused("query", "Who?", "--model", models[0], "--store", tmp_path)
+    assert said.endswith("can't be read (Permission denied); check its permissions")
+
+
 def test_profile_is_refused_in_one_line(
     make_model: Callable[..., str], models: list[str], store: Path, tmp_path: Path, questions: Path
 ) -> None:
@@ -730,6 +765,16 @@ class TestDoctor:
         result = run("doctor", *ask[1:3], "--store", nothing, "--json")
         (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
         assert not check["ok"]
+
+    @pytest.mark.usefixtures("only_checks")
+    def test_a_store_that_can_not_be_read(
+        self, ask: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deny_directories(monkeypatch)
+        result = run("doctor", *ask[1:3], "--store", tmp_path, "--json")
+        (check,) = [one for one in json.loads(result.stdout)["checks"] if one["name"] == "store"]
+        assert (check["ok"], result.exit_code) == (False, 1)
+        assert "can't be read (Permission denied)" in check["figure"]
 
     @pytest.mark.usefixtures("only_checks", "ingested")
     def test_a_store_of_another_model(self, ask: list[Any], models: list[str]) -> None:

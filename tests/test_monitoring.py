@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,17 @@ class StandIn:
     model_name = "m"
     scope = SimpleNamespace(namespace="n")
     guard = SimpleNamespace(report=lambda: GuardReport(compared=9, dropped=1, failed=0, mean_kl=0.2, least_ratio=0.25))
+
+
+@pytest.mark.parametrize(
+    ("module", "needs", "extra"),
+    [("prometheus", "prometheus_client", "metrics"), ("spans", "opentelemetry", "tracing")],
+)
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str, needs: str, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, needs, None)
+    monkeypatch.delitem(sys.modules, f"cacheblend_rag.diagnostics.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'cacheblend-rag\[{extra}\]'"):
+        importlib.import_module(f"cacheblend_rag.diagnostics.{module}")
 
 
 @pytest.fixture(scope="module")

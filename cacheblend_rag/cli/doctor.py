@@ -59,6 +59,7 @@ def doctor(
 
     Without --ratio and --policy it is the engine's own setting that is checked. Ends with 1 if a check fails.
     """
+    options.show_no_bars(model)
     from cacheblend_rag import BlendConfig
     from cacheblend_rag.diagnostics.checks import Check, cannot_be_opened, check_versions
     from cacheblend_rag.diagnostics.doctor import judge, verdict
@@ -166,7 +167,7 @@ def _print(checks: list[Check], found: SweepResult | None, max_kl: float) -> Non
     if found is None:
         return
     cheapest = found.cheapest(max_kl)
-    figures = Table(title=f"{len(found.answers)} prompts")
+    figures = Table(title=f"prompts: {len(found.answers)}")
     kl = "KL a token, at least" if found.kl_is_bound else "KL a token"
     for column in ("setting", kl, "same token", "share of full prefill's TTFT", "largest part"):
         figures.add_column(column, justify="left" if column == "setting" else "right")

@@ -22,7 +22,10 @@ def directory(text: str) -> Path:
     """What an option that names a directory holds."""
     if "://" in text:
         raise typer.BadParameter(f"{text} is a URL: give a directory")
-    return Path(text).expanduser()
+    path = Path(text).expanduser()
+    if os.path.exists(path) and not os.path.isdir(path):  # unlike Path's, they don't raise what is told later
+        raise StoreError(f"{text} is a file: give a directory")
+    return path
 
 
 def _ratio(text: str) -> float | str:
@@ -86,8 +89,7 @@ def open_engine(
     """
     from cacheblend_rag import BlendConfig, load_engine
 
-    if Path(model).is_dir():  # nothing to download: one line about loading is enough
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    show_no_bars(model)
     if engine == "vllm":  # which logs to stdout otherwise, where results go
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     primer_text = None if primer is None else read_text(primer)
@@ -108,13 +110,21 @@ def open_engine(
         yield loaded
 
 
+def show_no_bars(model: str) -> None:
+    """One line about loading is enough, if nothing is to be downloaded. Call it before transformers is imported."""
+    if os.path.isdir(model):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def require_store(store: Path) -> None:
     """Refuse to make a store where one is only to be read.
 
     Raises:
-        StoreError: there is no such directory, or it is empty.
+        StoreError: there is no such directory, it is empty, or can't be read.
     """
-    if not store.is_dir() or not any(store.iterdir()):
+    from cacheblend_rag.store import is_anything_in
+
+    if not is_anything_in(store):
         raise StoreError(
             f"there is no chunk store at {store}: make one with cacheblend ingest DIR --model MODEL --store {store}"
         )

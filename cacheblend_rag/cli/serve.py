@@ -44,6 +44,7 @@ def serve(
     """
     from cacheblend_rag.engines.model_files import resolve_model
     from cacheblend_rag.primer import DEFAULT_PRIMER
+    from cacheblend_rag.store import open_store
     from cacheblend_rag.vllm.compat import check_version
     from cacheblend_rag.vllm.middleware import NUM_LAYERS_VARIABLE, CheckParams
     from cacheblend_rag.vllm.plugin import CONNECTOR_CONFIG
@@ -82,6 +83,7 @@ def serve(
     vllm_config = _parse(arguments)
     if settings.on_unsupported == "refuse":
         check_supported(vllm_config)
+    open_store(store, memory_bytes=0).close()
     os.environ[NUM_LAYERS_VARIABLE] = str(vllm_config.model_config.hf_text_config.num_hidden_layers)
     print_note(f"serving {model} with chunks of {store}, namespace {namespace}")
     sys.argv = ["cacheblend serve", *arguments]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cacheblend_rag.engines.base import Engine
 from cacheblend_rag.errors import CacheBlendError
-from cacheblend_rag.store import ChunkStore, open_store
+from cacheblend_rag.store import ChunkStore, is_anything_in, open_store
 
 _PACKAGES = (
     "cacheblend-rag",
@@ -69,16 +69,14 @@ def cannot_be_opened(store: Path | None, *, only_catalogue: bool = False) -> Che
     """
     if store is None:
         return None
-    if not store.is_dir() or not any(store.iterdir()):
-        return Check(
-            "store", False, f"there is none at {store}", f"cacheblend ingest DIR --model MODEL --store {store}"
-        )
-    if only_catalogue:
-        return None
     try:
-        open_store(store, memory_bytes=0).close()
-    except CacheBlendError as error:
-        return Check("store", False, str(error), f"cacheblend store verify --store {store}")
+        if not is_anything_in(store):
+            advice = f"cacheblend ingest DIR --model MODEL --store {store}"
+            return Check("store", False, f"there is none at {store}", advice)
+        if not only_catalogue:
+            open_store(store, memory_bytes=0).close()
+    except CacheBlendError as error:  # it says what to do
+        return Check("store", False, str(error))
     return None
 
 

@@ -31,7 +31,7 @@ def judge(found: SweepResult, *, most_kl: float) -> list[Check]:
             "known chunks are in the prompts",
             all(one.segments for one in stats),
             f"{matched / total:.0%} of {total:,} tokens, {sum(one.segments for one in stats)} runs of chunks",
-            "" if all(one.segments for one in stats) else "prompts must hold chunks as they were ingested, uncut",
+            "" if all(one.segments for one in stats) else "prompts must hold chunks' text as it was ingested",
         )
     ]
     if not all(one.segments for one in stats):

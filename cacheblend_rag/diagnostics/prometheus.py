@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+except ImportError as error:
+    raise ImportError("PrometheusMetrics needs prometheus-client: pip install 'cacheblend-rag[metrics]'") from error
 
 from cacheblend_rag.diagnostics.prometheus_guard import GuardCollector
 from cacheblend_rag.metric_figures import DEVIATIONS, SECONDS, SOURCES, SQUARED_DISTANCES

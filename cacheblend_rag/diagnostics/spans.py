@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import trace
+try:
+    from opentelemetry import trace
+except ImportError as error:
+    raise ImportError("Spans needs opentelemetry-api: pip install 'cacheblend-rag[tracing]'") from error
 
 from cacheblend_rag.diagnostics.timeline import parts_of
 from cacheblend_rag.stats import BlendStats

@@ -175,6 +175,8 @@ class PromptForward:
         """The model's own rotation of some positions."""
         positions = torch.arange(start, start + length, device=self._kv.device)
         decoder: Any = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        if not hasattr(decoder, "rotary_emb"):
+            raise UnsupportedModelError("its positions are not rotary (RoPE), so its keys can't be moved to others")
         cos, sin = decoder.rotary_emb(self._kv[0, 0, :1], positions[None])
         half = cos.shape[-1] // 2
         return RotaryTable(cos[0, :, :half].float(), sin[0, :, :half].float())

@@ -8,7 +8,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.errors import ConfigError, StoreError
 from cacheblend_rag.store.base import ChunkInfo, ChunkStore, IndexedChunk
 from cacheblend_rag.store.disk import ChunkCheck, DiskStore
 from cacheblend_rag.store.memory import MemoryStore
@@ -22,6 +22,7 @@ __all__ = [
     "IndexedChunk",
     "MemoryStore",
     "TieredStore",
+    "is_anything_in",
     "open_store",
 ]
 
@@ -49,6 +50,18 @@ def open_store(
         return MemoryStore(memory_bytes)
     disk = DiskStore(_directory(os.fspath(target)), max_bytes)
     return TieredStore(MemoryStore(memory_bytes), disk) if memory_bytes else disk
+
+
+def is_anything_in(directory: Path) -> bool:
+    """Whether there is a directory, with something in it, which may be a store.
+
+    Raises:
+        StoreError: it can't be read.
+    """
+    try:
+        return directory.is_dir() and any(directory.iterdir())
+    except OSError as error:
+        raise StoreError(f"{directory} can't be read ({error.strerror or error}); check its permissions") from error
 
 
 def _directory(target: str) -> Path:
