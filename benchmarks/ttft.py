@@ -1,4 +1,4 @@
-"""Time to first token: full prefill, exact prefix reuse, full reuse, and blending at several ratios.
+"""Time to first token: full prefill, exact prefix reuse, full reuse, blending at several ratios, and mode "auto".
 
     python benchmarks/ttft.py --engine transformers --model DIR-OR-HUB-ID [--json FILE] [--plot FILE]
 
@@ -44,6 +44,7 @@ def modes(policies: list[str]) -> dict[str, dict[str, Any]]:
         "prefix reuse": {"mode": "auto", "min_reused_tokens": 10**9},
         "full reuse": {"mode": "blend", "recompute_ratio": 0.0},
         **blends,
+        "auto": {"mode": "auto"},  # the default: blends only what it gains from
         "recompute 100%": {"mode": "blend", "recompute_ratio": 1.0},
     }
 
