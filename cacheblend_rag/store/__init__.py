@@ -22,7 +22,6 @@ __all__ = [
     "IndexedChunk",
     "MemoryStore",
     "TieredStore",
-    "is_anything_in",
     "open_store",
 ]
 
